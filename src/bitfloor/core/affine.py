@@ -1,0 +1,108 @@
+"""Affine grids per (row, group), rounding onto them, and turning the result into stored form.
+
+    code = clamp(round((w - offset) / scale), 0, 2^b - 1)     w_hat = code * scale + offset,     offset = -zero * scale
+
+A :class:`Grid` holds numbers that were already rounded through their storage type, so what is computed with a grid is
+what a reader of the file computes. Widths may differ from group to group (``bits`` is a tensor).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitfloor.core.packed import PackedWeight, expand_groups, pack_segment
+
+# The smallest positive scale of each storage type: float16's smallest subnormal, and bfloat16's smallest normal number
+# (a reader that flushes subnormals to zero then still sees it).
+SMALLEST_SCALE = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126}
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The quantization grid of a matrix ``[O, I]`` in groups of ``group_size`` columns.
+
+    Args:
+        scale: ``[O, G]`` float32, exactly representable in ``scale_dtype``; not zero, may be negative.
+        zero: ``[O, G]`` float32 holding integers in ``[0, 2^b - 1]``, or None when ``offset`` is given.
+        offset: ``[O, G]`` float32, representable in ``scale_dtype``; the additive constant when ``zero`` is None.
+        bits: ``[G]`` int64 widths.
+        group_size: columns per group; the last group may be short.
+        constant_zero: every zero-point of a group of width b is ``2^(b-1)`` and is not stored.
+        scale_dtype: storage type of scales and offsets.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    offset: Tensor | None
+    bits: Tensor
+    group_size: int
+    constant_zero: bool = False
+    scale_dtype: torch.dtype = torch.float16
+
+    @property
+    def shift(self) -> Tensor:
+        """The additive constant ``[O, G]`` float32 of every group."""
+        if self.offset is not None:
+            return self.offset
+        assert self.zero is not None
+        return -self.zero * self.scale
+
+    @property
+    def max_code(self) -> Tensor:
+        """``[G]`` float32: the largest code of each group."""
+        return (torch.ones_like(self.bits) << self.bits).float() - 1
+
+    def columns(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``(scale [O, I], shift [O, I], max_code [I])`` spread over ``count`` columns."""
+        spread = [expand_groups(part, self.group_size, count) for part in (self.scale, self.shift, self.max_code)]
+        return spread[0], spread[1], spread[2]
+
+
+def stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 values rounded through their 16-bit storage type, kept finite and, for scales, away from zero."""
+    limit = torch.finfo(dtype).max
+    return values.clamp(-limit, limit).to(dtype).float()
+
+
+def stored_scale(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Like :func:`stored`, for scales: a magnitude that would vanish becomes the smallest one, sign kept."""
+    sign = torch.where(values < 0, -1.0, 1.0)
+    return stored(sign * values.abs().clamp_min(SMALLEST_SCALE[dtype]), dtype)
+
+
+def encode(weight: Tensor, grid: Grid) -> Tensor:
+    """Round-to-nearest codes of ``weight`` ``[O, I]`` on ``grid``: uint8 ``[O, I]``."""
+    scale, shift, top = grid.columns(weight.shape[1])
+    return torch.sub(weight, shift).div_(scale).round_().clamp_min_(0.0).minimum(top).to(torch.uint8)
+
+
+def decode(codes: Tensor, grid: Grid) -> Tensor:
+    """Weights of codes ``[O, I]`` on ``grid``: float32 ``[O, I]``."""
+    scale, shift, _ = grid.columns(codes.shape[1])
+    return codes.float() * scale + shift
+
+
+def pack(codes: Tensor, grid: Grid) -> PackedWeight:
+    """Store codes and grid in one segment. All groups must have the same width.
+
+    Raises:
+        ValueError: the grid mixes widths (those are sorted into segments by the mixed-precision methods).
+    """
+    bits = int(grid.bits[0])
+    if not bool((grid.bits == bits).all()):
+        raise ValueError("a single segment holds one width")
+    zero: Tensor | int | None = None
+    if grid.zero is not None:
+        zero = 1 << (bits - 1) if grid.constant_zero else grid.zero.to(torch.uint8)
+    segment = pack_segment(
+        codes,
+        grid.scale.to(grid.scale_dtype),
+        bits=bits,
+        group_size=grid.group_size,
+        zero=zero,
+        offset=None if grid.offset is None else grid.offset.to(grid.scale_dtype),
+    )
+    return PackedWeight((codes.shape[0], codes.shape[1]), (segment,))

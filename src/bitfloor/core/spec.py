@@ -1,0 +1,70 @@
+"""How one matrix is to be quantized, and which matrix of a model is meant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitfloor.core.errors import InputError
+
+BITS = (1, 2, 3, 4, 5, 6, 8)
+SCALE_DTYPES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The storage of one matrix: width, grouping and grid kind.
+
+    Args:
+        bits: code width, one of 1, 2, 3, 4, 5, 6, 8.
+        group_size: input channels that share one scale; -1 means the whole row. The last group may be short.
+        symmetric: zero-point fixed at ``2 ** (bits - 1)`` (scales may then be negative); otherwise one zero-point per
+            group, stored at ``bits`` bits. One-bit grids have no useful integer zero-point and always store a 16-bit
+            offset instead.
+        scale_dtype: ``"float16"`` or ``"bfloat16"``.
+
+    Raises:
+        InputError: a value outside these ranges.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool = False
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            known = ", ".join(map(str, BITS))
+            raise InputError(f"bits = {self.bits} is not a width bitfloor stores; use one of {known}.")
+        if self.group_size != -1 and self.group_size < 1:
+            raise InputError(
+                f"group_size = {self.group_size} is no number of columns; use a positive one, or -1 for whole rows."
+            )
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise InputError(f"scale_dtype = {self.scale_dtype!r} is unknown; use float16 or bfloat16.")
+
+    def columns_per_group(self, in_features: int) -> int:
+        """Group size for a matrix with ``in_features`` columns: never larger than the row itself."""
+        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
+
+@dataclass(frozen=True)
+class MatrixRef:
+    """One quantizable matrix ``[O, I]`` of a model, by name.
+
+    Args:
+        name: public name, as in reports and files: ``"model.layers.0.mlp.experts.3.gate_up_proj"``.
+        param: the parameter that holds it, from the model root: ``"model.layers.0.mlp.experts.gate_up_proj"``.
+        shape: ``(O, I)``.
+        block: index of the decoder block, -1 for the embedding and the head.
+        kind: ``"linear"``, ``"conv1d"``, ``"expert"``, ``"embedding"`` or ``"head"``.
+        index: the slice of a stacked three-dimensional parameter (``"expert"`` only).
+        transposed: stored as ``[I, O]``.
+    """
+
+    name: str
+    param: str
+    shape: tuple[int, int]
+    block: int
+    kind: str
+    index: int | None = None
+    transposed: bool = False

@@ -1,0 +1,224 @@
+"""One decoder block as something to run, look into, and run again with other weights. The module is never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bitfloor.calib.capture import Call
+from bitfloor.calib.watch import Watcher, same_input_key
+from bitfloor.core.errors import BitfloorError
+from bitfloor.core.spec import MatrixRef
+
+Groups = list[tuple[str, ...]]
+
+
+class BlockRunner:
+    """An untouched decoder block with the call arguments captured for it.
+
+    Args:
+        module: the block, weights loaded, eval mode.
+        prefix: its path from the model root, ``"model.layers.3"``.
+        refs: its quantizable matrices.
+        calls: its captured arguments, one per batch.
+
+    Attributes:
+        names: public names of the matrices, in module order.
+    """
+
+    def __init__(self, module: nn.Module, prefix: str, refs: Sequence[MatrixRef], calls: Sequence[Call]) -> None:
+        self.module = module
+        self.names = [ref.name for ref in refs]
+        self._refs = {ref.name: ref for ref in refs}
+        self._local = {ref.name: ref.param.removeprefix(f"{prefix}.") for ref in refs}
+        self._calls = calls
+        self._once: set[str] | None = None
+        configs = {id(c): c for m in module.modules() if hasattr(c := getattr(m, "config", None), "_experts_implementation")}
+        self._configs = list(configs.values())
+
+    def ref(self, name: str) -> MatrixRef:
+        """Description of one matrix.
+
+        Raises:
+            BitfloorError: the block has no such matrix.
+        """
+        if name not in self._refs:
+            raise BitfloorError(f"{name} is no quantizable matrix of this block; it has {', '.join(self.names[:4])}, ...")
+        return self._refs[name]
+
+    def weight(self, name: str) -> Tensor:
+        """The float weight as float32 ``[O, I]``: a view of the parameter wherever it already is float32."""
+        ref = self.ref(name)
+        tensor = self.module.get_parameter(self._local[name]).detach()
+        tensor = tensor if ref.index is None else tensor[ref.index]
+        return (tensor.t() if ref.transposed else tensor).float()
+
+    def forward(self, x: Tensor, batch: int, overrides: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Run the block.
+
+        Gradients flow to ``x`` and ``overrides`` unless the caller turns them off.
+
+        Args:
+            x: hidden states ``[B, T, D]``; moved to the block's device.
+            batch: which captured arguments to use.
+            overrides: public name -> weight ``[O, I]`` to use instead of the block's own.
+
+        Returns:
+            hidden states ``[B, T, D]``.
+
+        Raises:
+            BitfloorError: an unknown name, a wrong shape, or a block that returns no hidden state.
+        """
+        return self._run(x, batch, self._replacements(overrides or {}))
+
+    def observe(
+        self,
+        xs: Iterable[Tensor],
+        fn: Callable[[str, Tensor], None],
+        names: Iterable[str],
+        overrides: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Show the inputs of some matrices, batch by batch, without gradients.
+
+        Each forward ends as soon as everything asked for was seen. Matrices used more than once in a forward are shown at
+        every use; experts are shown the tokens routed to them, and not at all when there are none.
+
+        Args:
+            xs: the block's inputs, batch ``i`` for captured call ``i``.
+            fn: called as ``fn(name, rows)`` with rows ``[N, I]``; rows must not be changed.
+            names: matrices to look at. Those of one input group see the same rows: asking for one of them is enough.
+            overrides: weights to run with, see `forward`.
+        """
+        wanted = {self.ref(name).name for name in names}
+        if not wanted:
+            return
+        replaced = self._replacements(overrides or {})
+
+        def note(name: str, x: Tensor) -> None:
+            if name in wanted:
+                fn(name, x.detach().reshape(-1, x.shape[-1]))
+
+        with torch.no_grad():
+            for batch, x in enumerate(xs):
+                if self._once is None:
+                    self._watch_all(x, batch, note, replaced)
+                    continue
+                watcher = Watcher(self.module, [(self._local[n], self._refs[n]) for n in self.names if n in wanted], note)
+                with watcher.running(replaced, wanted if wanted <= self._once else None):
+                    self._run(x, batch, replaced)
+
+    def input_groups(self, x: Tensor, batch: int = 0) -> Groups:
+        """Matrices that are fed by the same tensor, found by running one batch with every input kept alive.
+
+        Args:
+            x: an input of the block ``[B, T, D]``.
+            batch: which captured arguments to use.
+
+        Returns:
+            groups of public names in execution order; experts that saw no token come last, grouped as the others are.
+        """
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        alive: list[Tensor] = []
+        seen: set[str] = set()
+
+        def note(name: str, x: Tensor) -> None:
+            if name not in seen:
+                seen.add(name)
+                alive.append(x)
+                groups.setdefault(same_input_key(x), []).append(name)
+
+        with torch.no_grad():
+            self._watch_all(x, batch, note, {})
+        found = [tuple(g) for g in groups.values()]
+        return found + self._unseen(found, seen)
+
+    def stages(self, groups: Groups) -> list[Groups]:
+        """Merge groups that do not feed each other: one group of every expert, instead of the experts one after another.
+
+        Quantizing stage by stage is as sequential as quantizing group by group, since no expert feeds another, and takes
+        two passes for a layer of 128 experts instead of 256.
+
+        Args:
+            groups: as `input_groups` returned them.
+
+        Returns:
+            stages in execution order, each a list of groups.
+        """
+        stages: dict[Any, Groups] = {}
+        for group in groups:
+            same = all(self._refs[n].kind == "expert" for n in group)
+            key = tuple(sorted({self._refs[n].param for n in group})) if same else group
+            stages.setdefault(key, []).append(group)
+        return list(stages.values())
+
+    def _unseen(self, found: Groups, seen: set[str]) -> Groups:
+        twin = {}
+        for group in found:
+            for name in group:
+                twin[self._refs[name].param] = tuple(self._refs[n].param for n in group)
+        rest: dict[Any, list[str]] = {}
+        for name in (n for n in self.names if n not in seen):
+            ref = self._refs[name]
+            key = (twin.get(ref.param, ref.param), ref.index) if ref.kind == "expert" else name
+            rest.setdefault(key, []).append(name)
+        return [tuple(g) for g in rest.values()]
+
+    def _watch_all(self, x: Tensor, batch: int, note: Callable[[str, Tensor], None], replaced: Mapping[str, Tensor]) -> None:
+        """A full forward that also learns which matrices are used exactly once, the ones a forward may be cut short for."""
+        watcher = Watcher(self.module, [(self._local[n], self._refs[n]) for n in self.names], note)
+        with watcher.running(replaced):
+            self._run(x, batch, replaced)
+        watcher.check_experts()
+        self._once = set()
+        for name, ref in self._refs.items():
+            uses = watcher.owner_calls[self._local[name]] if ref.kind == "expert" else watcher.counts[name]
+            if uses == 1:
+                self._once.add(name)
+
+    def _run(self, x: Tensor, batch: int, replaced: Mapping[str, Tensor]) -> Tensor:
+        device = next(self.module.parameters()).device
+        args, kwargs = self._calls[batch].bind(x.to(device))
+        with self._one_by_one():
+            output = functional_call(self.module, dict(replaced), args, kwargs) if replaced else self.module(*args, **kwargs)
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(hidden, Tensor) or hidden.shape != x.shape:
+            raise BitfloorError(f"a {type(self.module).__name__} returned {type(hidden).__name__}, not a hidden state like its input.")
+        return hidden
+
+    def _replacements(self, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Overrides as the parameters they live in: transposed where stored so, experts put back into their stack."""
+        made: dict[str, Tensor] = {}
+        stacks: dict[str, dict[int, Tensor]] = {}
+        for name, weight in overrides.items():
+            ref = self.ref(name)
+            if tuple(weight.shape) != ref.shape:
+                raise BitfloorError(f"the override of {name} has shape {list(weight.shape)}, but the matrix is {list(ref.shape)}.")
+            # Contiguous, so that the product is the very one the model would run with this weight copied in.
+            stored = weight.t().contiguous() if ref.transposed else weight
+            if ref.index is None:
+                made[self._local[name]] = stored
+            else:
+                stacks.setdefault(self._local[name], {})[ref.index] = stored
+        for local, parts in stacks.items():
+            own = self.module.get_parameter(local)
+            made[local] = torch.stack([parts[e].to(own.dtype) if e in parts else own[e] for e in range(own.shape[0])])
+        return made
+
+    @contextmanager
+    def _one_by_one(self) -> Iterator[None]:
+        """Experts run in transformers' plain loop, the only way in which each expert's product can be seen."""
+        before = [c._experts_implementation for c in self._configs]
+        try:
+            for config, value in zip(self._configs, before, strict=True):
+                if value != "eager":
+                    config._experts_implementation = "eager"
+            yield
+        finally:
+            for config, value in zip(self._configs, before, strict=True):
+                if value != "eager":
+                    config._experts_implementation = value

@@ -1,0 +1,1 @@
+"""L3: how a paper plugs in. One file a method, one line in :mod:`bitfloor.methods.table`."""

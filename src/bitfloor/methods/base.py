@@ -1,0 +1,107 @@
+"""What a method is to the pipeline: what it needs, and one function from a block to packed weights.
+
+Methods declare, the pipeline decides: nothing outside a method's own file branches on its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from bitfloor.core.packed import PackedWeight
+from bitfloor.core.spec import QuantSpec
+
+
+class Need(Enum):
+    """What must be ready before a block can be quantized."""
+
+    INPUTS = "inputs"  # the block's inputs as the quantized model produces them, with its call arguments
+    TARGETS = "targets"  # the block's outputs in the float model
+    HESSIAN = "hessian"  # X^T X of each input group (peak memory: the largest of them)
+    GRADIENTS = "gradients"  # back-propagation through the block
+
+
+Groups = list[tuple[str, ...]]
+
+
+class Block(Protocol):
+    """The part of :class:`bitfloor.calib.block.BlockRunner` that methods use."""
+
+    def weight(self, name: str) -> Tensor:
+        """Float32 ``[O, I]`` of a matrix by public name."""
+
+    def forward(self, x: Tensor, batch: int, overrides: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The block's output ``[B, T, D]`` with some matrices replaced."""
+
+    def observe(
+        self,
+        xs: Iterable[Tensor],
+        fn: Callable[[str, Tensor], None],
+        names: Iterable[str],
+        overrides: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Call ``fn(name, x [N, I])`` with everything that enters the named matrices."""
+
+    def input_groups(self, x: Tensor, batch: int = 0) -> Groups:
+        """Matrices fed by the same tensor, in order of execution."""
+
+    def stages(self, groups: Groups) -> list[Groups]:
+        """Groups that do not feed each other, merged: the same projection of all experts is one stage."""
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What is known of one quantized matrix.
+
+    Args:
+        output_error: relative squared error of the layer's output on the calibration inputs, or None if none were read.
+        seconds: time spent on it; a share of its group's when matrices were solved together.
+        note: a fallback that was taken, in words, or None.
+    """
+
+    output_error: float | None
+    seconds: float
+    note: str | None = None
+
+
+@dataclass
+class BlockResult:
+    """The packed weights of one block by public name, and what to report."""
+
+    weights: dict[str, PackedWeight] = field(default_factory=dict)
+    reports: dict[str, MatrixReport] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """A quantization method, configured."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    Config: ClassVar[type[Any]]
+
+    def __init__(self, config: Any) -> None: ...
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the pipeline must prepare."""
+
+    def quantize_block(self, block: Block, inputs: Sequence[Tensor], specs: Mapping[str, QuantSpec]) -> BlockResult:
+        """Quantize the matrices named in ``specs``; the others of the block stay float.
+
+        Args:
+            block: the float block.
+            inputs: its inputs in the quantized model, one ``[B, T, D]`` float32 a batch; empty when not needed.
+            specs: matrix name to storage.
+        """
+
+
+def stages(block: Block, inputs: Sequence[Tensor], names: Iterable[str]) -> list[Groups]:
+    """Input groups of the wanted matrices that can be observed in one pass, in order of execution."""
+    wanted = set(names)
+    members = (tuple(name for name in group if name in wanted) for group in block.input_groups(inputs[0]))
+    return block.stages([group for group in members if group])

@@ -1,0 +1,10 @@
+"""Every method bitfloor knows, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitfloor.methods.gptq import Gptq
+from bitfloor.methods.rtn import Rtn
+
+METHODS: dict[str, type[Any]] = {method.name: method for method in (Rtn, Gptq)}

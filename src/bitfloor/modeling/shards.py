@@ -1,0 +1,221 @@
+"""Source weights on disk: which safetensors files there are, what their headers promise, and one tensor at a time.
+
+The headers are parsed here rather than by the safetensors package for two reasons. A damaged file must become a sentence
+that names the file and the byte, not a Rust error; and tensors must be read into fresh memory, because a memory map that
+stays alive makes resident memory grow with every block that has been touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfloor.core.errors import BitfloorError, InputError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# The safetensors format itself limits a header to 100 MB; a larger length is a damaged file.
+_HEADER_LIMIT = 100_000_000
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of the source checkpoint.
+
+    Args:
+        name: its name in the checkpoint.
+        file: the shard that holds it.
+        dtype, shape: as stored.
+        start, stop: absolute byte offsets in ``file``.
+        targets: the parameters (or persistent buffers) of the model it ends up in, one or several; filled by the loader.
+    """
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    targets: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> str:
+        """The first (nearly always only) parameter the tensor ends up in."""
+        return self.targets[0]
+
+
+def list_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Find the shards of a checkpoint folder and read every header.
+
+    Args:
+        folder: a local checkpoint folder.
+
+    Returns:
+        source tensor name -> where and what it is, in file order.
+
+    Raises:
+        InputError: no weights, only pickled weights, a shard missing from the folder or from the index, or a damaged header.
+    """
+    index = folder / _INDEX
+    if index.is_file():
+        return _from_index(index)
+    if (folder / _SINGLE).is_file():
+        strays = sorted(p.name for p in folder.iterdir() if _SHARD.fullmatch(p.name))
+        if strays:
+            raise InputError(f"{folder} holds {_SINGLE} and also the shard {strays[0]}; remove one of the two checkpoints.")
+        return read_header(folder / _SINGLE)
+    shards = sorted(p.name for p in folder.glob("*.safetensors"))
+    if shards:
+        raise InputError(f"{folder} holds {shards[0]} but no {_INDEX}; the index is needed to know that no shard is missing.")
+    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern) if p.name != "training_args.bin")
+    if pickles:
+        raise InputError(
+            f"{folder / pickles[0]} is a pickle, which can run any code when opened; convert the model to safetensors first "
+            "(save_pretrained writes it)."
+        )
+    raise InputError(f"{folder} has a config.json but no weights; {_SINGLE} or {_INDEX} is needed.")
+
+
+def _from_index(index: Path) -> dict[str, TensorInfo]:
+    folder = index.parent
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError(f"{index} has no weight_map from tensor names to files; download the checkpoint again.")
+    files = sorted(set(weight_map.values()))
+    for name in files:
+        if Path(name).name != name:
+            raise InputError(f"{index} points outside its folder ({name}); a shard must lie beside the index.")
+        if not (folder / name).is_file():
+            raise InputError(f"{index} names the shard {name}, which is not there; download the checkpoint again.")
+    for stray in sorted(p.name for p in folder.iterdir() if _SHARD.fullmatch(p.name)):
+        if stray not in files:
+            raise InputError(f"the shard {folder / stray} is missing from {_INDEX}; download the checkpoint again.")
+    tensors: dict[str, TensorInfo] = {}
+    for name in files:
+        for key, info in read_header(folder / name).items():
+            if weight_map.get(key) != name:
+                raise InputError(f"{folder / name} holds the tensor {key}, but {_INDEX} places it in {weight_map.get(key)}.")
+            tensors[key] = info
+    for key, name in weight_map.items():
+        if key not in tensors:
+            raise InputError(f"{_INDEX} places the tensor {key} in {name}, which does not hold it.")
+    return tensors
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Parse and check one safetensors header without touching the data.
+
+    Raises:
+        InputError: unreadable, truncated, or inconsistent file, named with what is wrong.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise InputError(
+                    f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has {size}."
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
+    try:
+        header = json.loads(raw)
+        entries = {k: v for k, v in header.items() if k != "__metadata__"}
+        tensors = {k: _entry(path, k, v, 8 + length, size) for k, v in entries.items()}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} has a corrupt header ({error}); download the file again.") from error
+    _check_layout(path, list(tensors.values()), 8 + length, size)
+    return tensors
+
+
+def _entry(path: Path, name: str, entry: Mapping[str, Any], base: int, size: int) -> TensorInfo:
+    if entry["dtype"] not in _DTYPES:
+        raise InputError(f"{path}: the tensor {name} has dtype {entry['dtype']}, which bitfloor cannot read.")
+    dtype = _DTYPES[entry["dtype"]]
+    shape = tuple(int(d) for d in entry["shape"])
+    begin, end = (int(v) for v in entry["data_offsets"])
+    if base + end > size:
+        raise InputError(f"{path} is truncated: the tensor {name} ends at byte {base + end}, the file has {size}.")
+    if min((begin, *shape), default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise InputError(f"{path} is corrupt: the tensor {name} has shape {list(shape)} but {end - begin} bytes.")
+    return TensorInfo(name, path, dtype, shape, base + begin, base + end)
+
+
+def _check_layout(path: Path, tensors: list[TensorInfo], base: int, size: int) -> None:
+    """Tensors must tile the data exactly: overlapping tensors are the mark of a damaged header."""
+    position = base
+    for info in sorted(tensors, key=lambda t: (t.start, t.stop)):
+        if info.start != position:
+            raise InputError(f"{path} is corrupt: the tensor {info.name} begins at byte {info.start}, not at {position}.")
+        position = info.stop
+    if position != size:
+        raise InputError(f"{path} is corrupt: its tensors end at byte {position}, the file has {size}.")
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read one tensor into fresh memory of its own; nothing stays open afterwards.
+
+    Returns:
+        a CPU tensor of ``info.dtype`` and ``info.shape``, aligned as torch aligns its allocations.
+
+    Raises:
+        BitfloorError: the file changed or vanished since its header was read.
+    """
+    data = torch.empty(info.shape, dtype=info.dtype)
+    view = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise BitfloorError(f"{info.file} ended inside the tensor {info.name}; it changed while it was being read.")
+                done += count
+    except OSError as error:
+        raise BitfloorError(f"cannot read the tensor {info.name} from {info.file}: {error.strerror or error}.") from error
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object, with the file named in every complaint.
+
+    Raises:
+        InputError: unreadable, not JSON, or not an object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); download the file again.") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is not a JSON object; download the file again.")
+    return data

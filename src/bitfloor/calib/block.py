@@ -38,8 +38,8 @@ class BlockRunner:
         self._local = {ref.name: ref.param.removeprefix(f"{prefix}.") for ref in refs}
         self._calls = calls
         self._once: set[str] | None = None
-        configs = {id(c): c for m in module.modules() if hasattr(c := getattr(m, "config", None), "_experts_implementation")}
-        self._configs = list(configs.values())
+        found: list[Any] = [getattr(part, "config", None) for part in module.modules()]
+        self._configs = list({id(c): c for c in found if hasattr(c, "_experts_implementation")}.values())
 
     def ref(self, name: str) -> MatrixRef:
         """Description of one matrix.
@@ -48,7 +48,9 @@ class BlockRunner:
             BitfloorError: the block has no such matrix.
         """
         if name not in self._refs:
-            raise BitfloorError(f"{name} is no quantizable matrix of this block; it has {', '.join(self.names[:4])}, ...")
+            raise BitfloorError(
+                f"{name} is no quantizable matrix of this block; it has {', '.join(self.names[:4])}, ..."
+            )
         return self._refs[name]
 
     def weight(self, name: str) -> Tensor:
@@ -85,8 +87,8 @@ class BlockRunner:
     ) -> None:
         """Show the inputs of some matrices, batch by batch, without gradients.
 
-        Each forward ends as soon as everything asked for was seen. Matrices used more than once in a forward are shown at
-        every use; experts are shown the tokens routed to them, and not at all when there are none.
+        Each forward ends as soon as everything asked for was seen. Matrices used more than once in a forward are
+        shown at every use; experts are shown the tokens routed to them, and not at all when there are none.
 
         Args:
             xs: the block's inputs, batch ``i`` for captured call ``i``.
@@ -108,7 +110,9 @@ class BlockRunner:
                 if self._once is None:
                     self._watch_all(x, batch, note, replaced)
                     continue
-                watcher = Watcher(self.module, [(self._local[n], self._refs[n]) for n in self.names if n in wanted], note)
+                watcher = Watcher(
+                    self.module, [(self._local[n], self._refs[n]) for n in self.names if n in wanted], note
+                )
                 with watcher.running(replaced, wanted if wanted <= self._once else None):
                     self._run(x, batch, replaced)
 
@@ -138,10 +142,10 @@ class BlockRunner:
         return found + self._unseen(found, seen)
 
     def stages(self, groups: Groups) -> list[Groups]:
-        """Merge groups that do not feed each other: one group of every expert, instead of the experts one after another.
+        """Merge groups that do not feed each other: one group of every expert, not the experts one after another.
 
-        Quantizing stage by stage is as sequential as quantizing group by group, since no expert feeds another, and takes
-        two passes for a layer of 128 experts instead of 256.
+        Quantizing stage by stage is as sequential as quantizing group by group, since no expert feeds another, and
+        takes two passes for a layer of 128 experts instead of 256.
 
         Args:
             groups: as `input_groups` returned them.
@@ -168,8 +172,10 @@ class BlockRunner:
             rest.setdefault(key, []).append(name)
         return [tuple(g) for g in rest.values()]
 
-    def _watch_all(self, x: Tensor, batch: int, note: Callable[[str, Tensor], None], replaced: Mapping[str, Tensor]) -> None:
-        """A full forward that also learns which matrices are used exactly once, the ones a forward may be cut short for."""
+    def _watch_all(
+        self, x: Tensor, batch: int, note: Callable[[str, Tensor], None], replaced: Mapping[str, Tensor]
+    ) -> None:
+        """A full forward that also learns which matrices are used exactly once: for these it may be cut short."""
         watcher = Watcher(self.module, [(self._local[n], self._refs[n]) for n in self.names], note)
         with watcher.running(replaced):
             self._run(x, batch, replaced)
@@ -184,10 +190,14 @@ class BlockRunner:
         device = next(self.module.parameters()).device
         args, kwargs = self._calls[batch].bind(x.to(device))
         with self._one_by_one():
-            output = functional_call(self.module, dict(replaced), args, kwargs) if replaced else self.module(*args, **kwargs)
+            output = (
+                functional_call(self.module, dict(replaced), args, kwargs) if replaced else self.module(*args, **kwargs)
+            )
         hidden = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(hidden, Tensor) or hidden.shape != x.shape:
-            raise BitfloorError(f"a {type(self.module).__name__} returned {type(hidden).__name__}, not a hidden state like its input.")
+            raise BitfloorError(
+                f"a {type(self.module).__name__} returned {type(hidden).__name__}, not a hidden state like its input."
+            )
         return hidden
 
     def _replacements(self, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,7 +207,9 @@ class BlockRunner:
         for name, weight in overrides.items():
             ref = self.ref(name)
             if tuple(weight.shape) != ref.shape:
-                raise BitfloorError(f"the override of {name} has shape {list(weight.shape)}, but the matrix is {list(ref.shape)}.")
+                raise BitfloorError(
+                    f"the override of {name} has shape {list(weight.shape)}, but the matrix is {list(ref.shape)}."
+                )
             # Contiguous, so that the product is the very one the model would run with this weight copied in.
             stored = weight.t().contiguous() if ref.transposed else weight
             if ref.index is None:

@@ -1,10 +1,10 @@
 """What each block is called with, found by running the model's own forward with the blocks taken out.
 
-Every block is replaced by a *recorder* that notes its arguments and hands the hidden state on unchanged. No block weights
-are needed: whatever a block receives besides the hidden state (masks, position tables) is made outside the blocks. That
-this is true for the model at hand is checked, not assumed: the same forward is run again with recorders that change the
-hidden state, and a model whose other arguments change with it passes data between its blocks in a way that cannot be
-replayed block by block. It is refused.
+Every block is replaced by a *recorder* that notes its arguments and hands the hidden state on unchanged. No block
+weights are needed: whatever a block receives besides the hidden state (masks, position tables) is made outside the
+blocks. That this is true for the model at hand is checked, not assumed: the same forward is run again with recorders
+that change the hidden state, and a model whose other arguments change with it passes data between its blocks in a way
+that cannot be replayed block by block. It is refused.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def _pass(
     def note(k: int) -> Callable[[Tensor, Call], Any]:
         def record(hidden: Tensor, call: Call) -> Any:
             if k != len(seen):
-                raise InputError(f"{type(model).__name__} calls its block {k} out of order; it cannot be replayed block by block.")
+                raise InputError(
+                    f"{type(model).__name__} calls its block {k} out of order; it cannot be replayed block by block."
+                )
             if k > 0 and hidden is not given[-1]:
                 raise _NotChained(k)
             seen.append((hidden, call))
@@ -152,7 +154,10 @@ def _pass(
     if not isinstance(last, Tensor) or last.shape[:2] != batch.shape:
         raise _NotChained(len(blocks))
     if len(seen) != len(blocks):
-        raise InputError(f"{type(model).__name__} calls {len(seen)} of its {len(blocks)} blocks; it cannot be replayed block by block.")
+        raise InputError(
+            f"{type(model).__name__} calls {len(seen)} of its {len(blocks)} blocks; it cannot be replayed "
+            "block by block."
+        )
     return seen
 
 
@@ -171,20 +176,23 @@ def _probe(model: nn.Module, path: str, batch: Tensor) -> bool:
     """
     piece = batch[:1, : min(batch.shape[1], 8)]
     name = type(model).__name__
-    for as_tuple in (False, True):
+    as_tuple = False
+    try:
+        plain = _pass(model, path, piece, lambda h: h, as_tuple)
+    except (_NotChained, IndexError, TypeError, ValueError, RuntimeError) as problem:
+        as_tuple = True
         try:
             plain = _pass(model, path, piece, lambda h: h, as_tuple)
-            break
-        except InputError:
-            raise
-        except (_NotChained, IndexError, TypeError, ValueError, RuntimeError) as error:
-            problem = error
-    else:
-        raise InputError(f"{name} does something between its blocks that cannot be replayed block by block ({problem}).") from problem
+        except (BitfloorError, AttributeError, IndexError, TypeError, ValueError, RuntimeError):
+            raise InputError(
+                f"{name} does something between its blocks that cannot be replayed block by block ({problem})."
+            ) from problem
     moved = _pass(model, path, piece, lambda h: h * 0.5 + 1.0, as_tuple)
     for k, ((_, a), (_, b)) in enumerate(zip(plain, moved, strict=True)):
         if not _same((a.args, a.kwargs), (b.args, b.kwargs)):
-            raise InputError(f"the arguments of block {k} of {name} depend on earlier blocks; it cannot be replayed block by block.")
+            raise InputError(
+                f"the arguments of block {k} of {name} depend on earlier blocks; it cannot be replayed block by block."
+            )
     return as_tuple
 
 
@@ -223,9 +231,13 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]
     if args and isinstance(args[0], Tensor):
         slot = 0
     if slot is None:
-        raise InputError("a block is called without a hidden state that bitfloor can recognise; the model is not supported.")
+        raise InputError(
+            "a block is called without a hidden state that bitfloor can recognise; the model is not supported."
+        )
     hidden = args[0] if isinstance(slot, int) else kwargs[slot]
-    rest = Call((None, *args[1:]), dict(kwargs), 0) if isinstance(slot, int) else Call(args, {**kwargs, slot: None}, slot)
+    rest = (
+        Call((None, *args[1:]), dict(kwargs), 0) if isinstance(slot, int) else Call(args, {**kwargs, slot: None}, slot)
+    )
     for label, value in [*((f"argument {i}", v) for i, v in enumerate(rest.args)), *rest.kwargs.items()]:
         _check(label, value)
     return hidden, rest

@@ -30,10 +30,10 @@ class ReplaySource(Protocol):
 def verify_replay(source: ReplaySource, batch: Tensor) -> None:
     """Compare the model's own forward with its blocks chained from captured inputs, in float32, on the CPU.
 
-    `capture` refuses by structure, without any block weights, every model whose arguments depend on earlier blocks, whose
-    blocks are not chained directly, or that hands a writable container from block to block. What is left is data passed
-    through module attributes; only running both ways shows it. This needs the whole model in memory, so it is for small
-    models and for trying out a new architecture.
+    `capture` refuses by structure, without any block weights, every model whose arguments depend on earlier blocks,
+    whose blocks are not chained directly, or that hands a writable container from block to block. What is left is
+    data passed through module attributes; only running both ways shows it. This needs the whole model in memory, so
+    it is for small models and for trying out a new architecture.
 
     Args:
         source: an open model; left without weights.
@@ -61,6 +61,7 @@ def verify_replay(source: ReplaySource, batch: Tensor) -> None:
     gap = float((logits - expected).abs().max())
     if gap != 0.0:
         raise InputError(
-            f"{type(source.skeleton).__name__} run block by block differs from its own forward by {gap:.3g}; its blocks share "
+            f"{type(source.skeleton).__name__} run block by block differs from its own forward by "
+            f"{gap:.3g}; its blocks share "
             "data bitfloor cannot see, so it is not supported."
         )

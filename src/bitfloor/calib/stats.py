@@ -2,8 +2,8 @@
 
 Sums are kept in the precision they are multiplied in, float32, except vectors, which are float64 because that is free.
 The Hessian of a matrix with 11,008 inputs is 485 MB in float32; doubling it would buy nothing: the relative error of a
-float32 sum over some hundred batches stays below 1e-5, and every user of it adds a thousand times that as damping. Batches
-are added in order, so equal inputs and an equal thread count give equal bytes.
+float32 sum over some hundred batches stays below 1e-5, and every user of it adds a thousand times that as damping.
+Batches are added in order, so equal inputs and an equal thread count give equal bytes.
 """
 
 from __future__ import annotations

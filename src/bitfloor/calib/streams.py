@@ -15,8 +15,8 @@ from bitfloor.core.errors import BitfloorError
 class Stream:
     """A list of float32 tensors ``[B, T, D]`` of which, when spilled, only the one in use is in memory.
 
-    The states of all calibration batches are the largest thing bitfloor holds beside a block; on disk they cost one batch.
-    Files are replaced atomically, so an interrupted run never leaves half a batch under a valid name.
+    The states of all calibration batches are the largest thing bitfloor holds beside a block; on disk they cost one
+    batch. Files are replaced atomically, so an interrupted run never leaves half a batch under a valid name.
 
     Args:
         batches: first contents.
@@ -98,29 +98,35 @@ class Stream:
         scratch = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with scratch.open("wb", buffering=0) as file:
-                view = memoryview(batch.cpu().reshape(-1).view(torch.uint8).numpy())
+                view = memoryview(batch.cpu().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
                 done = 0
                 while done < len(view):
                     done += file.write(view[done:])
             os.replace(scratch, path)
         except OSError as error:
             scratch.unlink(missing_ok=True)
-            raise BitfloorError(f"cannot spill {batch.nbytes} bytes to {path}: {error.strerror}; free some space or spill elsewhere.") from error
+            raise BitfloorError(
+                f"cannot spill {batch.nbytes} bytes to {path}: {error.strerror}; free some space or spill elsewhere."
+            ) from error
 
     def _read(self, i: int) -> Tensor:
         path = self._path(i)
         batch = torch.empty(self._shapes[i], dtype=torch.float32)
-        view = memoryview(batch.view(-1).view(torch.uint8).numpy())
+        view = memoryview(batch.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
             with path.open("rb", buffering=0) as file:
                 done = 0
                 while done < len(view):
                     count = file.readinto(view[done:])
                     if not count:
-                        raise BitfloorError(f"the spilled batch {path} is shorter than it was written; start the run again.")
+                        raise BitfloorError(
+                            f"the spilled batch {path} is shorter than it was written; start the run again."
+                        )
                     done += count
         except OSError as error:
-            raise BitfloorError(f"cannot read the spilled batch {path}: {error.strerror}; start the run again.") from error
+            raise BitfloorError(
+                f"cannot read the spilled batch {path}: {error.strerror}; start the run again."
+            ) from error
         return batch
 
 

@@ -33,8 +33,8 @@ _PRODUCTS = {
 Note = Callable[[str, Tensor], None]
 
 
-class Finished(Exception):  # noqa: N818 - not an error: the forward has shown all that was asked for
-    """Raised inside a forward to end it early."""
+class Finished(Exception):
+    """Raised inside a forward to end it early; no error: it has shown all that was asked for."""
 
 
 class Watcher:
@@ -99,7 +99,8 @@ class Watcher:
         for local, experts in self._experts.items():
             if self.owner_calls[local] and not any(self.counts[ref.name] for ref in experts.values()):
                 raise BitfloorError(
-                    f"the experts in {next(iter(experts.values())).param} were used in a way bitfloor cannot see, so their "
+                    f"the experts in {next(iter(experts.values())).param} were used in a way bitfloor "
+                    "cannot see, so their "
                     "inputs are unknown; this model can only be quantized with a recipe that needs no activations."
                 )
 
@@ -149,7 +150,7 @@ class _ProductMode(TorchFunctionMode):
         if found is None:
             return
         stack, experts = found
-        first, rest = divmod(weight.storage_offset() - stack.storage_offset(), stack.stride(0))
+        first, rest = divmod(int(weight.storage_offset() - stack.storage_offset()), stack.stride(0))
         many = weight.dim() == 3
         for i in range(weight.shape[0] if many else 1):
             ref = experts.get(first + i)
@@ -157,7 +158,10 @@ class _ProductMode(TorchFunctionMode):
             if rest or ref is None:
                 continue
             if piece.shape[-1] != ref.shape[1]:
-                raise BitfloorError(f"{ref.name} has {ref.shape[1]} inputs but is multiplied with {piece.shape[-1]}; its layout is not known.")
+                raise BitfloorError(
+                    f"{ref.name} has {ref.shape[1]} inputs but is multiplied with {piece.shape[-1]}; its "
+                    "layout is not known."
+                )
             if many:  # every expert is given every token; the ones it was not chosen for are zeroed
                 flat = piece.reshape(-1, piece.shape[-1])
                 piece = flat[flat.any(dim=-1)]

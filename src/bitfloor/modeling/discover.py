@@ -20,6 +20,8 @@ from bitfloor.core.spec import MatrixRef
 
 _ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "wg"}
 _EXPERT_LISTS = re.compile(r"experts$|expert$")
+# Subclasses of nn.Linear with a forward of their own that is the same product.
+_PLAIN_LINEARS = {"FalconLinear"}
 _INTO_HIDDEN = re.compile(r"down|w2$|output|wo$|c_proj")
 _FROM_HIDDEN = re.compile(r"up|gate|w1|w3|input|wi|c_fc|v1")
 
@@ -94,12 +96,15 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     sized = {n: sum(p.numel() for p in m.parameters()) for n, m in outer.items()}
     sized = {n: size for n, size in sized.items() if size}
     if not sized:
-        raise InputError(f"{type(model).__name__} has no list of decoder blocks, so bitfloor cannot work block by block.")
+        raise InputError(
+            f"{type(model).__name__} has no list of decoder blocks, so bitfloor cannot work block by block."
+        )
     path = max(sized, key=lambda n: sized[n])
     for other in sized:
         if other != path and any(p.dim() > 1 for p in outer[other].parameters()):
             raise InputError(
-                f"{type(model).__name__} has a second stack of blocks, {other}, beside {path}; models with a vision tower, "
+                f"{type(model).__name__} has a second stack of blocks, {other}, beside {path}; models with "
+                "a vision tower, "
                 "an encoder or several decoders are not supported."
             )
     return path, outer[path]
@@ -121,7 +126,7 @@ def _block_matrices(
             why = _kept_reason(local, module, pname, param.dim(), experts)
             if why is not None:
                 reasons[full] = why
-            elif isinstance(module, nn.Linear) and pname == "weight":
+            elif isinstance(module, nn.Linear) and pname == "weight" and _plain(module):
                 yield MatrixRef(path, full, (param.shape[0], param.shape[1]), k, "linear")
             elif isinstance(module, Conv1D) and pname == "weight":
                 yield MatrixRef(path, full, (param.shape[1], param.shape[0]), k, "conv1d", transposed=True)
@@ -129,9 +134,15 @@ def _block_matrices(
                 yield from _stacked(path, module, pname, k, config)
             else:
                 raise InputError(
-                    f"{full} has shape {list(param.shape)} and belongs to {type(module).__name__}, which bitfloor does not "
+                    f"{full} has shape {list(param.shape)} and belongs to {type(module).__name__}, which "
+                    "bitfloor does not "
                     "know; only Linear, Conv1D and stacked experts can be quantized."
                 )
+
+
+def _plain(module: nn.Linear) -> bool:
+    """A subclass may do anything with its weight; only those known to compute the plain product can be replaced."""
+    return type(module).forward is nn.Linear.forward or type(module).__name__ in _PLAIN_LINEARS
 
 
 def _expert_parents(block: nn.Module) -> set[str]:
@@ -175,16 +186,17 @@ def _is_transposed(full: str, module: nn.Module, pname: str, inner: tuple[int, i
     declared = getattr(module, "is_transposed", None)
     if isinstance(declared, bool):
         return declared
-    hidden = config.get_text_config().hidden_size
+    hidden: int = config.get_text_config().hidden_size
     label = pname if pname != "weight" else full.split(".")[-2]
-    ends = [size == hidden for size in inner]
+    ends = [bool(size == hidden) for size in inner]
     if ends[0] != ends[1]:
         if _INTO_HIDDEN.search(label):
             return ends[1]
         if _FROM_HIDDEN.search(label):
             return ends[0]
     raise InputError(
-        f"{full} stacks experts of shape {list(inner)}, and neither its name nor its sizes tell which side is the input; "
+        f"{full} stacks experts of shape {list(inner)}, and neither its name nor its sizes tell which side "
+        "is the input; "
         "bitfloor cannot quantize it safely."
     )
 
@@ -200,12 +212,18 @@ def _ends(model: PreTrainedModel) -> tuple[MatrixRef | None, MatrixRef | None, b
         name = paths[id(out)]
         head = MatrixRef(name, f"{name}.weight", (out.weight.shape[0], out.weight.shape[1]), -1, "head")
     if embedding is None:
-        raise InputError(f"the token embedding of {type(model).__name__} is a {type(embed).__name__}, which bitfloor does not know.")
+        raise InputError(
+            f"the token embedding of {type(model).__name__} is a {type(embed).__name__}, which bitfloor does not know."
+        )
     if head is None:
-        raise InputError(f"{type(model).__name__} has no linear language-model head, so it cannot be used as a language model.")
+        raise InputError(
+            f"{type(model).__name__} has no linear language-model head, so it cannot be used as a language model."
+        )
     tied_keys = getattr(model, "all_tied_weights_keys", None) or {}
     tied = head.param in tied_keys or embedding.param in tied_keys
     others = sorted(set(tied_keys) - {head.param, embedding.param} - {f"{head.name}.bias"})
     if others:
-        raise InputError(f"{others[0]} shares its weights with {tied_keys[others[0]]}; blocks that share weights are not supported.")
+        raise InputError(
+            f"{others[0]} shares its weights with {tied_keys[others[0]]}; blocks that share weights are not supported."
+        )
     return embedding, head, tied

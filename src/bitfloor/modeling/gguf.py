@@ -1,36 +1,36 @@
-"""GGUF files: dequantized once by transformers into an ordinary checkpoint folder, then treated like any other model."""
+"""GGUF files: dequantized once by transformers into an ordinary checkpoint folder, then models like any other."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_gguf_available
 from transformers.utils import logging as hf_logging
 
 from bitfloor.core.errors import BitfloorError, InputError
+from bitfloor.core.places import cache_folder
 
 _MARKER = "dequantized_from.json"
 
 
 def cache_root(cache_dir: Path | None = None) -> Path:
     """Folder of dequantized GGUF models: the argument, ``BITFLOOR_CACHE``, or ``~/.cache/bitfloor``, then ``gguf``."""
-    if cache_dir is None:
-        named = os.environ.get("BITFLOOR_CACHE")
-        cache_dir = Path(named).expanduser() if named else Path.home() / ".cache" / "bitfloor"
-    return Path(cache_dir) / "gguf"
+    return (cache_folder() if cache_dir is None else Path(cache_dir)) / "gguf"
 
 
 def gguf_to_folder(path: Path, cache_dir: Path | None = None) -> Path:
     """The float32 checkpoint folder of a GGUF file, made on first use and reused afterwards.
 
-    The folder is built under another name and renamed when complete, so a folder of the final name is always whole. This
-    is the one step of bitfloor that holds a whole float model in memory.
+    The folder is built under another name and renamed when complete, so a folder of the final name is always whole.
+    This is the one step of bitfloor that holds a whole float model in memory.
 
     Args:
         path: a local ``.gguf`` file.
@@ -41,6 +41,8 @@ def gguf_to_folder(path: Path, cache_dir: Path | None = None) -> Path:
         BitfloorError: the cache folder cannot be written.
     """
     digest = _sha256(path)
+    if not is_gguf_available():
+        raise InputError(f"reading {path} needs the gguf package; install it with: pip install 'bitfloor[gguf]'.")
     folder = cache_root(cache_dir) / digest[:16]
     if (folder / _MARKER).is_file():
         return folder
@@ -48,7 +50,9 @@ def gguf_to_folder(path: Path, cache_dir: Path | None = None) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{digest[:16]}-", dir=folder.parent))
     except OSError as error:
-        raise BitfloorError(f"cannot write the cache folder {folder.parent} ({error.strerror}); set BITFLOOR_CACHE to another.") from error
+        raise BitfloorError(
+            f"cannot write the cache folder {folder.parent} ({error.strerror}); set BITFLOOR_CACHE to another."
+        ) from error
     try:
         _dequantize(path, scratch)
         marker = {"file": path.name, "sha256": digest, "dtype": "float32"}
@@ -59,7 +63,9 @@ def gguf_to_folder(path: Path, cache_dir: Path | None = None) -> Path:
             scratch.rename(folder)
     except OSError as error:
         if not (folder / _MARKER).is_file():  # otherwise another process was faster, with the same bytes
-            raise BitfloorError(f"cannot write the dequantized model to {folder} ({error}); set BITFLOOR_CACHE to another folder.") from error
+            raise BitfloorError(
+                f"cannot write the dequantized model to {folder} ({error}); set BITFLOOR_CACHE to another folder."
+            ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
@@ -81,7 +87,8 @@ def _dequantize(path: Path, folder: Path) -> None:
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     try:
-        with torch.random.fork_rng(devices=[]):
+        # The dequantizer draws its own progress bar; what goes wrong comes as an exception, so nothing is lost.
+        with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         # transformers marks the model as GGUF-quantized; without this save_pretrained refuses.
@@ -93,7 +100,9 @@ def _dequantize(path: Path, folder: Path) -> None:
         raise
     except Exception as error:  # transformers and gguf raise many kinds on unknown or damaged files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"{path} cannot be dequantized by transformers ({reason}); give the float model instead.") from error
+        raise InputError(
+            f"{path} cannot be dequantized by transformers ({reason}); give the float model instead."
+        ) from error
     finally:
         hf_logging.set_verbosity(level)
         if bar:

@@ -17,13 +17,19 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bitfloor.core.errors import BitfloorError, InputError
 from bitfloor.modeling.discover import ModelMap, describe
+from bitfloor.modeling.heap import trim_heap
 from bitfloor.modeling.locate import locate
 from bitfloor.modeling.mapping import WeightGroup, WeightMapping
-from bitfloor.modeling.shards import TensorInfo, list_tensors, read_tensor
+from bitfloor.modeling.shards import TensorInfo, list_tensors, read_tensor, same_bytes
 from bitfloor.modeling.skeleton import build_skeleton, load_config
+from bitfloor.modeling.weights import all_finite, move_buffers, own_memory, set_weight
 
 # Left over in old checkpoints: a rotary table that transformers now computes.
-_COMPUTED = (re.compile(r"rotary_emb\.inv_freq$"), re.compile(r"attn\.(masked_)?bias$"), re.compile(r"attention\.(masked_)?bias$"))
+_COMPUTED = (
+    re.compile(r"rotary_emb\.inv_freq$"),
+    re.compile(r"attn\.(masked_)?bias$"),
+    re.compile(r"attention\.(masked_)?bias$"),
+)
 
 
 def open_source(
@@ -89,7 +95,7 @@ class SourceModel:
     # -- names ---------------------------------------------------------------------------------------------------
 
     def _settle_ties(self, groups: list[WeightGroup], tensors: Mapping[str, TensorInfo]) -> list[WeightGroup]:
-        """Follow transformers: tied if one of the two is absent or both hold the same values, otherwise two matrices."""
+        """Follow transformers: tied if one of the two is absent or both hold the same values, else two matrices."""
         model = self.skeleton
         by_target = {name: group for group in groups for name in group.targets}
         dropped: set[str] = set()
@@ -100,7 +106,7 @@ class SourceModel:
                 del model.all_tied_weights_keys[name]
                 self.config.tie_word_embeddings = False
                 shape = model.get_parameter(name).shape
-                _set(model, name, torch.empty(shape, dtype=torch.float32, device="meta"))
+                set_weight(model, name, torch.empty(shape, dtype=torch.float32, device="meta"))
                 continue
             if here is not None and there is not None:
                 dropped.add(here.first)
@@ -108,26 +114,30 @@ class SourceModel:
         return [group for group in groups if group.first not in dropped]
 
     def _same_values(self, a: WeightGroup, b: WeightGroup, tensors: Mapping[str, TensorInfo]) -> bool:
-        if len(a.sources) != 1 or len(b.sources) != 1 or tensors[a.sources[0]].shape != tensors[b.sources[0]].shape:
-            return False
-        return torch.equal(read_tensor(tensors[a.sources[0]]), read_tensor(tensors[b.sources[0]]))
+        alone = len(a.sources) == 1 and len(b.sources) == 1
+        return alone and same_bytes(tensors[a.sources[0]], tensors[b.sources[0]])
 
     def _check_names(self, groups: list[WeightGroup], tensors: Mapping[str, TensorInfo]) -> None:
         known = self.skeleton.state_dict()
         have = {name: group for group in groups for name in group.targets}
         for name, group in have.items():
             if name not in known:
-                raise InputError(f"the tensor {group.sources[0]} would become {name}, which the model of config.json does not have.")
+                raise InputError(
+                    f"the tensor {group.sources[0]} would become {name}, which the model of config.json does not have."
+                )
             if tuple(known[name].shape) != tuple(group.targets[name]):
                 raise InputError(
-                    f"the tensor {group.sources[0]} gives {name} the shape {list(group.targets[name])}, but config.json asks for "
+                    f"the tensor {group.sources[0]} gives {name} the shape {list(group.targets[name])}, "
+                    "but config.json asks for "
                     f"{list(known[name].shape)}."
                 )
         covered = set(have) | {n for pair in self._tied.items() for n in pair if set(pair) & set(have)}
         missing = [name for name in known if name not in covered]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise InputError(f"the checkpoint {self.path} lacks the tensor {missing[0]}{more}; it is incomplete or of another model.")
+            raise InputError(
+                f"the checkpoint {self.path} lacks the tensor {missing[0]}{more}; it is incomplete or of another model."
+            )
         patterns = [re.compile(p) for p in self.skeleton._keys_to_ignore_on_load_unexpected or ()]
         for name in self._mapping.unexpected:
             if any(p.search(name) for p in _COMPUTED):
@@ -135,13 +145,17 @@ class SourceModel:
             elif any(p.search(name) for p in patterns):
                 self.ignored[name] = "not used by the model, as transformers declares"
             else:
-                raise InputError(f"the checkpoint {self.path} has the tensor {name}, which the model of config.json does not have.")
+                raise InputError(
+                    f"the checkpoint {self.path} has the tensor {name}, which the model of config.json does not have."
+                )
 
     def _place(self, group: WeightGroup) -> None:
         prefix = f"{self.map.blocks_path}."
         homes = {int(n[len(prefix) :].split(".")[0]) if n.startswith(prefix) else -1 for n in group.targets}
         if len(homes) != 1:
-            raise InputError(f"the tensor {group.sources[0]} is shared by several blocks, so they cannot be loaded one by one.")
+            raise InputError(
+                f"the tensor {group.sources[0]} is shared by several blocks, so they cannot be loaded one by one."
+            )
         home = homes.pop()
         (self._outer if home < 0 else self._blocks[home]).append(group)
 
@@ -159,16 +173,20 @@ class SourceModel:
         """
         for group in self._blocks[k]:
             self._install(group, device, dtype)
-        block = self.skeleton.get_submodule(self.map.block_path(k))
-        _move_buffers(block, device)
+        trim_heap()
+        block: nn.Module = self.skeleton.get_submodule(self.map.block_path(k))
+        move_buffers(block, device)
         return block
 
     def release_block(self, k: int) -> None:
         """Give the memory of block ``k`` back; its parameters return to meta."""
         for group in self._blocks[k]:
             self._empty(group)
+        trim_heap()
 
-    def load_outer(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, head: bool = True) -> None:
+    def load_outer(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, head: bool = True
+    ) -> None:
         """Pour in everything outside the blocks: embeddings, final norm, head.
 
         Args:
@@ -182,10 +200,10 @@ class SourceModel:
         for name, other in self._tied.items():
             absent, present = (name, other) if other in self._by_target else (other, name)
             if present in self._by_target:
-                _set(self.skeleton, absent, self.skeleton.get_parameter(present))
+                set_weight(self.skeleton, absent, self.skeleton.get_parameter(present))
         for name, module in self.skeleton.named_modules():
             if not name.startswith(f"{self.map.blocks_path}."):
-                _move_buffers(module, device, recurse=False)
+                move_buffers(module, device, recurse=False)
 
     def release_outer(self) -> None:
         """Give the memory of everything outside the blocks back."""
@@ -194,7 +212,8 @@ class SourceModel:
         for name, other in self._tied.items():
             absent, present = (name, other) if other in self._by_target else (other, name)
             if present in self._by_target:
-                _set(self.skeleton, absent, self.skeleton.get_parameter(present))
+                set_weight(self.skeleton, absent, self.skeleton.get_parameter(present))
+        trim_heap()
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One parameter or persistent buffer, read from disk without touching the skeleton.
@@ -222,20 +241,23 @@ class SourceModel:
 
         made = self._mapping.convert(group, source)
         for name, tensor in made.items():
-            if not _finite(tensor):
-                bad = [n for n in group.sources if not _finite(read_tensor(self.tensors[n]))]
-                raise InputError(f"the tensor {(bad or [name])[0]} in {self.path} holds NaN or infinite values; the checkpoint is damaged.")
-            made[name] = _own(tensor)
+            if not all_finite(tensor):
+                bad = [n for n in group.sources if not all_finite(read_tensor(self.tensors[n]))]
+                raise InputError(
+                    f"the tensor {(bad or [name])[0]} in {self.path} holds NaN or infinite values; the "
+                    "checkpoint is damaged."
+                )
+            made[name] = own_memory(tensor)
         return made
 
     def _install(self, group: WeightGroup, device: str | torch.device, dtype: torch.dtype) -> None:
         for name, tensor in self._convert(group, dtype).items():
-            _set(self.skeleton, name, tensor.to(device))
+            set_weight(self.skeleton, name, tensor.to(device))
 
     def _empty(self, group: WeightGroup) -> None:
         for name, shape in group.targets.items():
             if name in self._parameters:  # buffers are small and stay
-                _set(self.skeleton, name, torch.empty(shape, dtype=torch.float32, device="meta"))
+                set_weight(self.skeleton, name, torch.empty(shape, dtype=torch.float32, device="meta"))
 
     # -- identity ------------------------------------------------------------------------------------------------
 
@@ -268,20 +290,26 @@ class SourceModel:
             BitfloorError: a tensor that is missing or counted twice, or an expert stack quantized only in part.
         """
         refs = [*self.map.matrices, *(r for r in (self.map.embedding, self.map.head) if r is not None)]
-        done, whole = set(quantized), {}
+        done = set(quantized)
+        whole: dict[str, list[bool]] = {}
         for ref in refs:
             whole.setdefault(ref.param, []).append(ref.name in done)
         unknown = done - {ref.name for ref in refs}
         keeps, ties = set(kept), {n if n in self._tied else f"{n}.weight" for n in tied}
-        ties |= {v for k, v in self._tied.items() if k in ties and v not in self._by_target}
         if unknown:
             raise BitfloorError(f"{sorted(unknown)[0]} was quantized but is no matrix of the model.")
         for info in self.tensors.values():
             for target in info.targets:
                 ways = [all(whole.get(target, [False])), target in keeps, target in ties]
                 if sum(ways) != 1 or (any(whole.get(target, [])) and not ways[0]):
-                    how = "neither quantized nor kept nor tied" if not any(ways) else "only partly accounted for, or twice"
-                    raise BitfloorError(f"the source tensor {info.name} ({target}) is {how}; nothing is dropped silently.")
+                    how = (
+                        "neither quantized nor kept nor tied"
+                        if not any(ways)
+                        else "only partly accounted for, or twice"
+                    )
+                    raise BitfloorError(
+                        f"the source tensor {info.name} ({target}) is {how}; nothing is dropped silently."
+                    )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies with the model.
@@ -293,36 +321,7 @@ class SourceModel:
             tokenizer: Any = AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._remote_code)
         except Exception as error:  # tokenizer classes raise many kinds on missing or damaged files
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise InputError(f"{self.path} has no usable tokenizer ({reason}); put tokenizer.json beside the weights.") from error
+            raise InputError(
+                f"{self.path} has no usable tokenizer ({reason}); put tokenizer.json beside the weights."
+            ) from error
         return tokenizer
-
-
-def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-    else:
-        parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-        module._parameters[leaf] = parameter
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor alone in contiguous memory: views left by a conversion would pin, and misalign, what they came from."""
-    alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _finite(tensor: Tensor) -> bool:
-    """No NaN, no infinity. A sum carries either one through; only a suspicious sum pays for the exact test."""
-    if not tensor.is_floating_point():
-        return True
-    wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    return bool(wide.sum().isfinite()) or bool(wide.isfinite().all())
-
-
-def _move_buffers(module: nn.Module, device: str | torch.device, *, recurse: bool = True) -> None:
-    for part in module.modules() if recurse else (module,):
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = buffer.to(device)

@@ -1,9 +1,9 @@
 """The one place that touches transformers' weight conversion: checkpoint tensors -> model parameters.
 
-A checkpoint does not always name or shape its tensors as the module does: a Mixtral checkpoint stores three matrices per
-expert where the module has two stacked ones. transformers knows every such rule, so its rules are used, never repeated.
-Its loader is not: that one wants the whole model at once. Here a *group* is the smallest unit that can be converted on
-its own: the source tensors of one conversion and the parameters they become.
+A checkpoint does not always name or shape its tensors as the module does: a Mixtral checkpoint stores three matrices
+per expert where the module has two stacked ones. transformers knows every such rule, so its rules are used, never
+repeated. Its loader is not: that one wants the whole model at once. Here a *group* is the smallest unit that can be
+converted on its own: the source tensors of one conversion and the parameters they become.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class WeightMapping:
     def __init__(self, model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
         self._model = model
         try:
-            mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+            mapping = get_model_conversion_mapping(model)
             self._renamings = [m for m in mapping if isinstance(m, rules.WeightRenaming)]
             converters = [m for m in mapping if isinstance(m, rules.WeightConverter)]
             self._by_pattern = {p: c for c in converters for p in c.source_patterns}
@@ -80,10 +80,14 @@ class WeightMapping:
         for first, sources in collected.items():
             pattern_of = {s: p for s, p in sources.items() if p}
             if len(sources) > 1 and not pattern_of:
-                raise InputError(f"the tensors {', '.join(sources)} would all become {first}; the checkpoint is inconsistent.")
+                raise InputError(
+                    f"the tensors {', '.join(sources)} would all become {first}; the checkpoint is inconsistent."
+                )
             bare = WeightGroup(first, tuple(sources), pattern_of, {})
             shapes = self.convert(bare, lambda n: torch.empty(tensors[n].shape, dtype=torch.float32, device="meta"))
-            groups.append(WeightGroup(first, tuple(sources), pattern_of, {k: tuple(v.shape) for k, v in shapes.items()}))
+            groups.append(
+                WeightGroup(first, tuple(sources), pattern_of, {k: tuple(v.shape) for k, v in shapes.items()})
+            )
         return groups
 
     def _rename(self, name: str, known: dict[str, Any]) -> tuple[str, str | None]:

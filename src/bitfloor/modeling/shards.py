@@ -1,8 +1,8 @@
 """Source weights on disk: which safetensors files there are, what their headers promise, and one tensor at a time.
 
-The headers are parsed here rather than by the safetensors package for two reasons. A damaged file must become a sentence
-that names the file and the byte, not a Rust error; and tensors must be read into fresh memory, because a memory map that
-stays alive makes resident memory grow with every block that has been touched.
+The headers are parsed here rather than by the safetensors package for two reasons. A damaged file must become a
+sentence that names the file and the byte, not a Rust error; and tensors must be read into fresh memory, because a
+memory map that stays alive makes resident memory grow with every block that has been touched.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # The safetensors format itself limits a header to 100 MB; a larger length is a damaged file.
 _HEADER_LIMIT = 100_000_000
+_PIECE = 1 << 24
 
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -52,7 +53,8 @@ class TensorInfo:
         file: the shard that holds it.
         dtype, shape: as stored.
         start, stop: absolute byte offsets in ``file``.
-        targets: the parameters (or persistent buffers) of the model it ends up in, one or several; filled by the loader.
+        targets: the parameters (or persistent buffers) of the model it ends up in, one or several; filled by the
+            loader.
     """
 
     name: str
@@ -79,7 +81,8 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
         source tensor name -> where and what it is, in file order.
 
     Raises:
-        InputError: no weights, only pickled weights, a shard missing from the folder or from the index, or a damaged header.
+        InputError: no weights, only pickled weights, a shard missing from the folder or from the index, or a damaged
+            header.
     """
     index = folder / _INDEX
     if index.is_file():
@@ -87,15 +90,20 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     if (folder / _SINGLE).is_file():
         strays = sorted(p.name for p in folder.iterdir() if _SHARD.fullmatch(p.name))
         if strays:
-            raise InputError(f"{folder} holds {_SINGLE} and also the shard {strays[0]}; remove one of the two checkpoints.")
+            raise InputError(
+                f"{folder} holds {_SINGLE} and also the shard {strays[0]}; remove one of the two checkpoints."
+            )
         return read_header(folder / _SINGLE)
     shards = sorted(p.name for p in folder.glob("*.safetensors"))
     if shards:
-        raise InputError(f"{folder} holds {shards[0]} but no {_INDEX}; the index is needed to know that no shard is missing.")
+        raise InputError(
+            f"{folder} holds {shards[0]} but no {_INDEX}; the index is needed to know that no shard is missing."
+        )
     pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern) if p.name != "training_args.bin")
     if pickles:
         raise InputError(
-            f"{folder / pickles[0]} is a pickle, which can run any code when opened; convert the model to safetensors first "
+            f"{folder / pickles[0]} is a pickle, which can run any code when opened; convert the model to "
+            "safetensors first "
             "(save_pretrained writes it)."
         )
     raise InputError(f"{folder} has a config.json but no weights; {_SINGLE} or {_INDEX} is needed.")
@@ -119,7 +127,9 @@ def _from_index(index: Path) -> dict[str, TensorInfo]:
     for name in files:
         for key, info in read_header(folder / name).items():
             if weight_map.get(key) != name:
-                raise InputError(f"{folder / name} holds the tensor {key}, but {_INDEX} places it in {weight_map.get(key)}.")
+                raise InputError(
+                    f"{folder / name} holds the tensor {key}, but {_INDEX} places it in {weight_map.get(key)}."
+                )
             tensors[key] = info
     for key, name in weight_map.items():
         if key not in tensors:
@@ -140,7 +150,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
                 raise InputError(
-                    f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has {size}."
+                    f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the "
+                    f"file has {size}."
                 )
             raw = file.read(length)
     except OSError as error:
@@ -173,7 +184,9 @@ def _check_layout(path: Path, tensors: list[TensorInfo], base: int, size: int) -
     position = base
     for info in sorted(tensors, key=lambda t: (t.start, t.stop)):
         if info.start != position:
-            raise InputError(f"{path} is corrupt: the tensor {info.name} begins at byte {info.start}, not at {position}.")
+            raise InputError(
+                f"{path} is corrupt: the tensor {info.name} begins at byte {info.start}, not at {position}."
+            )
         position = info.stop
     if position != size:
         raise InputError(f"{path} is corrupt: its tensors end at byte {position}, the file has {size}.")
@@ -189,7 +202,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
         BitfloorError: the file changed or vanished since its header was read.
     """
     data = torch.empty(info.shape, dtype=info.dtype)
-    view = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+    view = memoryview(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     try:
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.start)
@@ -197,11 +210,35 @@ def read_tensor(info: TensorInfo) -> Tensor:
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
-                    raise BitfloorError(f"{info.file} ended inside the tensor {info.name}; it changed while it was being read.")
+                    raise BitfloorError(
+                        f"{info.file} ended inside the tensor {info.name}; it changed while it was being read."
+                    )
                 done += count
     except OSError as error:
-        raise BitfloorError(f"cannot read the tensor {info.name} from {info.file}: {error.strerror or error}.") from error
+        raise BitfloorError(
+            f"cannot read the tensor {info.name} from {info.file}: {error.strerror or error}."
+        ) from error
     return data
+
+
+def same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
+    """Whether two stored tensors are equal in dtype, shape and every byte; compared a piece at a time.
+
+    Raises:
+        BitfloorError: a file that cannot be read any more.
+    """
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    size = a.stop - a.start
+    try:
+        with a.file.open("rb") as left, b.file.open("rb") as right:
+            left.seek(a.start)
+            right.seek(b.start)
+            return all(
+                left.read(min(_PIECE, size - at)) == right.read(min(_PIECE, size - at)) for at in range(0, size, _PIECE)
+            )
+    except OSError as error:
+        raise BitfloorError(f"cannot compare the tensors {a.name} and {b.name}: {error.strerror or error}.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -41,19 +41,26 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     _refuse_quantized(path, raw)
     names = [str(n) for n in raw.get("architectures") or []]
     if raw.get("is_encoder_decoder"):
-        raise InputError(f"{folder} is an encoder-decoder model ({_first(names, raw)}); bitfloor quantizes decoder-only models.")
+        raise InputError(
+            f"{folder} is an encoder-decoder model ({_first(names, raw)}); bitfloor quantizes decoder-only models."
+        )
     for name in names:
         if name.endswith(_OTHER_HEADS):
-            raise InputError(f"{folder} is a {name}, not a causal language model; bitfloor quantizes decoder-only models.")
+            raise InputError(
+                f"{folder} is a {name}, not a causal language model; bitfloor quantizes decoder-only models."
+            )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's own configuration class raises on bad values
         raise InputError(
-            f"{path} describes no model transformers can build ({_line(error)}); check the file, or pass trust_remote_code "
+            f"{path} describes no model transformers can build ({_line(error)}); check the file, or pass "
+            "trust_remote_code "
             "if the model brings its own code and you trust it."
         ) from error
     if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"{folder} is an encoder-decoder model ({_first(names, raw)}); bitfloor quantizes decoder-only models.")
+        raise InputError(
+            f"{folder} is an encoder-decoder model ({_first(names, raw)}); bitfloor quantizes decoder-only models."
+        )
     return config
 
 
@@ -79,10 +86,15 @@ def build_skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False)
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's own constructor raises on bad values
-        raise InputError(f"transformers cannot build a causal language model of type {config.model_type}: {_line(error)}.") from error
+        raise InputError(
+            f"transformers cannot build a causal language model of type {config.model_type}: {_line(error)}."
+        ) from error
     # BERT and its family also come as "language models"; their blocks carry this switch, off unless made a decoder.
     if any(getattr(module, "is_decoder", None) is False for module in model.modules()):
-        raise InputError(f"{type(model).__name__} is an encoder, not a causal language model; bitfloor quantizes decoder-only models.")
+        raise InputError(
+            f"{type(model).__name__} is an encoder, not a causal language model; bitfloor quantizes "
+            "decoder-only models."
+        )
     model.tie_weights()
     model.requires_grad_(False)
     for part in {id(c): c for c in (model.config, model.config.get_text_config())}.values():

@@ -1,0 +1,280 @@
+"""The four functions bitfloor is: quantize, load, evaluate, export; and what the command line adds to them.
+
+Each checks its input first and raises :class:`bitfloor.core.errors.InputError` before anything is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfloor.core.errors import InputError
+from bitfloor.core.spec import QuantSpec
+from bitfloor.data.sources import load_text
+from bitfloor.data.tokenize import calibration_batches, token_sha256
+from bitfloor.environment import environment as environment
+from bitfloor.evaluation.generate import generate_text
+from bitfloor.methods.base import Need
+from bitfloor.methods.table import METHODS
+from bitfloor.modeling.loader import SourceModel, open_source
+from bitfloor.pipeline.events import Progress, silent
+from bitfloor.pipeline.export import export_dense
+from bitfloor.pipeline.job import Job
+from bitfloor.pipeline.plan import check_memory, make_plan
+from bitfloor.pipeline.quantize import quantize_model
+from bitfloor.pipeline.run import RunOptions
+from bitfloor.recipe.load import load_recipe
+from bitfloor.recipe.method_options import build_config
+from bitfloor.recipe.schema import Recipe
+from bitfloor.modeling.hf import load_packed
+from bitfloor.modeling.linear import cache_weights
+from bitfloor.runtime.load import load_tokenizer
+
+AnyPath = str | os.PathLike[str]
+AnyRecipe = AnyPath | Mapping[str, Any]
+
+
+def quantize(
+    model: AnyPath,
+    out: AnyPath,
+    recipe: AnyRecipe = "gptq-w4g64",
+    *,
+    overrides: Sequence[str] = (),
+    calibration: str | None = None,
+    device: str = "cpu",
+    resume: bool = True,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+    spill: AnyPath | None = None,
+) -> dict[str, Any]:
+    """Quantize a model into a folder that ``load``, ``AutoModelForCausalLM`` and ``bitfloor generate`` read.
+
+    Args:
+        model: local folder, hub id, or ``.gguf`` file.
+        out: output folder: new, empty, or of the same command, which then continues where it was interrupted.
+        recipe: name of a preset, path of a YAML file, or the same content as a mapping.
+        overrides: ``"path.to.key=value"``; ``bits=`` and ``group_size=`` mean those of ``spec``.
+        calibration: text spec that replaces the recipe's.
+        device: ``"cpu"`` or ``"cuda"``.
+        resume: False discards an unfinished or finished run in ``out`` and starts over.
+        progress: called with every :class:`bitfloor.pipeline.events.Event`.
+        trust_remote_code: allow Python code that comes with the model.
+        spill: folder for the activations of the calibration text; None holds them in memory.
+
+    Returns:
+        The report, also stored as ``bitfloor.json``.
+
+    Raises:
+        InputError: anything wrong with what was asked.
+        BitfloorError: the run failed; calling again continues it.
+    """
+    check_device(device)
+    checked = load_recipe(recipe, overrides, calibration=calibration)
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    job = make_job(checked, source)
+    planned = make_plan(source, job, _plan_data(checked, job), device=device, spill=spill is not None)
+    check_memory(planned)
+    batches = _batches(checked, job, source)
+    data = token_sha256(batches) if batches else "none"
+    options = RunOptions(device, None if spill is None else Path(spill), progress or silent)
+    return quantize_model(source, job, batches, data, Path(out), options=options, resume=resume)
+
+
+def plan(
+    model: AnyPath,
+    recipe: AnyRecipe = "gptq-w4g64",
+    *,
+    overrides: Sequence[str] = (),
+    calibration: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    spill: bool = False,
+) -> dict[str, Any]:
+    """What :func:`quantize` would make and need, without loading a weight.
+
+    Returns:
+        Matrices with their storage, expected bytes and bits, peak and available memory.
+
+    Raises:
+        InputError: wrong input, or a run that cannot fit in memory.
+    """
+    check_device(device)
+    checked = load_recipe(recipe, overrides, calibration=calibration)
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    job = make_job(checked, source)
+    planned = make_plan(source, job, _plan_data(checked, job), device=device, spill=spill)
+    result = {"model": _short(model), "recipe": checked.name, **planned}
+    check_memory(planned)
+    return result
+
+
+def load(folder: AnyPath, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """A quantized model as an ordinary transformers model whose linears compute from packed weights.
+
+    Args:
+        folder: made by :func:`quantize`.
+        device: where to put it.
+        dtype: of activations and kept tensors; None takes the one in ``config.json``.
+
+    Raises:
+        InputError: not a bitfloor checkpoint, or a damaged one.
+    """
+    check_device(device)
+    return load_packed(folder, device=device, dtype=dtype or "auto")
+
+
+def evaluate(
+    model: AnyPath,
+    *,
+    perplexity: Sequence[str] = ("default",),
+    windows: int | None = 20,
+    seqlen: int = 2048,
+    baseline: AnyPath | None = None,
+    device: str = "cpu",
+    divergence: bool = False,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Perplexity on one or several texts, and the paired difference to a baseline.
+
+    Args:
+        model: packed or float: folder, hub id, or ``.gguf`` file.
+        perplexity: text specs.
+        windows: windows a text, from its start; None takes all.
+        seqlen: tokens in a window.
+        baseline: the model to compare with, usually the float one; scored on the same tokens.
+        device: ``"cpu"`` or ``"cuda"``.
+        divergence: also the KL divergence from the baseline and the share of equal top tokens (needs both in memory).
+        progress: called with events.
+        trust_remote_code: allow Python code that comes with the models.
+
+    Returns:
+        ``{"model", "perplexity": [{"text", "value", "windows", "seqlen", "tokens", "vs_baseline"}]}``; with
+        ``divergence`` each text also has ``"divergence": {"kl", "top1_agreement"}``.
+
+    Raises:
+        InputError: wrong input.
+    """
+    from bitfloor.scoring import Scoring, score
+
+    check_device(device)
+    scoring = Scoring(tuple(perplexity), windows, seqlen, device, divergence, trust_remote_code)
+    return score(model, baseline, scoring, progress or silent)
+
+
+def export(folder: AnyPath, out: AnyPath, *, format: str = "dense") -> dict[str, Any]:
+    """Write a quantized model in a form that other software loads. Needs no calibration.
+
+    Args:
+        folder: made by :func:`quantize`.
+        out: a new or empty folder.
+        format: ``"dense"``: an ordinary float Hugging Face folder with the dequantized weights, for any tool that
+            reads safetensors (as large as the original).
+
+    Returns:
+        ``{"format", "path", "bytes", "tensors"}``.
+
+    Raises:
+        InputError: not a bitfloor checkpoint, unknown format, or an output folder that holds something.
+    """
+    if format != "dense":
+        raise InputError(f"export format {format!r} is unknown; this version writes: dense.")
+    return export_dense(Path(folder), Path(out))
+
+
+def generate(
+    folder: AnyPath, prompt: str, *, max_new_tokens: int = 64, device: str = "cpu", chat: bool = False
+) -> str:
+    """Continue a prompt greedily with a packed model.
+
+    Args:
+        folder: a bitfloor checkpoint.
+        prompt: the text to continue.
+        max_new_tokens: at most so many.
+        device: ``"cpu"`` or ``"cuda"``.
+        chat: wrap the prompt as a user message by the model's chat template.
+
+    Returns:
+        The new text only.
+
+    Raises:
+        InputError: not a bitfloor checkpoint, or a prompt longer than the model's context.
+    """
+    model = load(folder, device=device, dtype=torch.float32 if torch.device(device).type == "cpu" else None)
+    # Until the packed kernels exist, a step would unpack every matrix anew; the float copy is made on first use.
+    cache_weights(model, True)
+    tokenizer = load_tokenizer(folder)
+    return generate_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat).text
+
+
+def make_job(recipe: Recipe, source: SourceModel) -> Job:
+    """Translate a recipe for one model.
+
+    Raises:
+        InputError: a layer rule that matches nothing.
+    """
+    recipe.check_rules([ref.name for ref in source.map.matrices])
+
+    head = recipe.embedding if recipe.head.bits is None else recipe.head
+    return Job(
+        method=METHODS[recipe.method.name](build_config(recipe.method, recipe.name)),
+        decide=recipe.decide,
+        embedding=_end_spec(recipe.embedding.bits, recipe.embedding.group_size),
+        head=_end_spec(head.bits or 16, head.group_size),
+        recipe=recipe.content(),
+        recipe_name=recipe.name,
+        recipe_sha256=recipe.sha256(),
+    )
+
+
+def _end_spec(bits: int, group_size: int) -> QuantSpec | None:
+    return None if bits == 16 else QuantSpec(bits, group_size)
+
+
+def _plan_data(recipe: Recipe, job: Job) -> tuple[int, int, int] | None:
+    """``(sequences, seqlen, batch size)`` of the calibration, None when the method reads none."""
+    if Need.INPUTS not in job.method.needs:
+        return None
+    part = recipe.calibration
+    return part.sequences, part.seqlen, part.batch_size
+
+
+def _batches(recipe: Recipe, job: Job, source: SourceModel) -> list[Tensor]:
+    if Need.INPUTS not in job.method.needs:
+        return []
+    part = recipe.calibration
+    return calibration_batches(
+        source.tokenizer(),
+        load_text(part.text, "calibration"),
+        sequences=part.sequences,
+        seqlen=part.seqlen,
+        batch_size=part.batch_size,
+        min_chars=part.min_chars,
+        pack={"documents": False, "packed": True, "auto": None}[part.mode],
+    )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        InputError: unknown, or no such accelerator.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is unknown; use cpu or cuda.") from error
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported; use cpu or cuda.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for but torch sees no CUDA device; use --device cpu.")
+
+
+def _short(model: AnyPath) -> str:
+    text = os.fspath(model)
+    return Path(text).name if Path(text).exists() else text

@@ -1,0 +1,61 @@
+"""``bitfloor inspect``: what is in a quantized folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from bitfloor.cli.console import display, in_bytes, in_short, in_time, pairs, print_json, table
+from bitfloor.cli.inspection import Inspection, Layer, inspect_folder
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of bitfloor quantize.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON (docs/cli.md has the schema).")] = False,
+) -> None:
+    """Show bits, bytes, errors and times, layer by layer."""
+    found = inspect_folder(folder)
+    if as_json:
+        print_json(found.as_json())
+        return
+    headings = ("layer", "shape", "bits", "group", "bytes", "bits/weight", "block error", "time")
+    display(table(headings, (_row(layer) for layer in found.layers)), summary(found))
+
+
+def summary(found: Inspection) -> Table:
+    """The whole model in a few lines, as a renderable."""
+    nbytes = found.nbytes
+    linear = found.bits_per_linear_weight
+    return pairs(
+        [
+            ("recipe", str(found.recipe.get("name", "unknown"))),
+            ("bits per linear weight", "-" if linear is None else f"{linear:.3f}"),
+            ("bits per parameter", f"{found.bits_per_parameter:.3f}"),
+            ("size", f"{in_bytes(nbytes['total'])}, {found.ratio:.2f}x smaller than at 16 bits"),
+            ("  linears", in_bytes(nbytes["linears"])),
+            ("  embeddings", in_bytes(nbytes["embeddings"])),
+            ("  other", in_bytes(nbytes["other"])),
+        ],
+    )
+
+
+def _row(layer: Layer) -> tuple[str, ...]:
+    return (
+        layer.name,
+        f"{layer.shape[0]} x {layer.shape[1]}",
+        _joined(layer, "bits"),
+        _joined(layer, "group_size"),
+        in_bytes(layer.nbytes),
+        f"{layer.bits_per_weight:.3f}",
+        in_short(layer.block_error),
+        in_time(layer.seconds),
+    )
+
+
+def _joined(layer: Layer, key: str) -> str:
+    """``2``, or ``4+1`` for two segments; equal values are said once."""
+    values = [str(segment[key]) for segment in layer.segments]
+    return values[0] if len(set(values)) == 1 else "+".join(values)

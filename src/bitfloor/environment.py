@@ -1,0 +1,58 @@
+"""What is installed here, and which kernels compute with packed weights and why (L6)."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EXTRAS = {
+    "gguf": ("gguf", "reading .gguf models", "pip install 'bitfloor[gguf]'"),
+    "parquet": ("pyarrow", "reading .parquet texts", "pip install 'bitfloor[parquet]'"),
+    "hub": ("datasets", "reading hf: texts", "pip install 'bitfloor[hub]'"),
+}
+FLAGS = ("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, accelerators, kernels and optional extras, as plain data."""
+    packages = ("bitfloor", "torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "pydantic", "numpy")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+        "processor": {
+            "machine": platform.machine(),
+            "torch_level": torch.backends.cpu.get_cpu_capability(),
+            "flags": [flag for flag in FLAGS if flag in _cpu_flags()],
+            "threads": torch.get_num_threads(),
+        },
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none found by torch",
+        "kernels": {
+            "reference (torch)": "active",
+            "cpu (C++)": "not in this version; packed weights are dequantized panel by panel with torch",
+            "gpu (Triton)": "not in this version; packed weights are dequantized panel by panel with torch",
+        },
+        "extras": {
+            name: f"installed ({_version(module)}): {use}" if find_spec(module) else f"missing ({use}): {command}"
+            for name, (module, use, command) in EXTRAS.items()
+        },
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())

@@ -1,0 +1,1 @@
+"""L4: stages, the block loop, the plan, the journal and the report."""

@@ -1,0 +1,80 @@
+"""Everything outside the blocks: embedding and head are rounded to nearest on searched grids, the rest is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfloor.core.affine import decode, encode, pack
+from bitfloor.core.metrics import relative_error
+from bitfloor.core.spec import QuantSpec
+from bitfloor.formats import native
+from bitfloor.modeling.loader import SourceModel
+from bitfloor.pipeline.job import Assignment
+from bitfloor.pipeline.journal import Entry
+from bitfloor.solvers.ranges import search_grid
+
+ROWS = 8192  # rows of an embedding treated at once; the whole table in float32 may be larger than a block
+
+
+def make_ends(source: SourceModel, assignment: Assignment, device: str) -> Entry:
+    """Quantize embedding and head as the assignment says, and collect every other tensor outside the blocks.
+
+    Rows are independent, so the table is treated in panels; errors are relative to the weights, every channel alike.
+    """
+    tensors: dict[str, Tensor] = {}
+    layouts: dict[str, Any] = {}
+    reports: dict[str, Any] = {}
+    for name, spec in assignment.of_block(-1).items():
+        began = time.perf_counter()
+        ref = assignment.refs[name]
+        weight = source.read(ref.param)
+        error, parts, layout = _quantize_table(weight, spec, ref.kind, device)
+        tensors.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
+        layouts[name] = layout
+        reports[name] = {"output_error": error, "seconds": time.perf_counter() - began, "note": None}
+    prefix = f"{source.map.blocks_path}."
+    for name in (*source.map.kept, *_kept_params(assignment, -1)):
+        if not name.startswith(prefix):
+            tensors[name] = source.read(name)
+    return Entry(tensors, {"layouts": layouts, "reports": reports, "block_error": None})
+
+
+def _kept_params(assignment: Assignment, block: int) -> list[str]:
+    refs = (assignment.refs[name] for name in assignment.kept)
+    return list(dict.fromkeys(ref.param for ref in refs if ref.block == block))
+
+
+def _quantize_table(
+    weight: Tensor, spec: QuantSpec, kind: str, device: str
+) -> tuple[float, dict[str, Tensor], dict[str, Any]]:
+    """Stored tensors by part and the layout of a table ``[V, D]``, panel by panel, and its relative error."""
+    ones = torch.ones(weight.shape[1], device=device)
+    stored: dict[str, list[Tensor]] = {}
+    above = below = 0.0
+    layout: dict[str, Any] = {}
+    for panel in weight.split(ROWS):
+        part = panel.to(device, torch.float32)
+        grid = search_grid(part, ones, spec)
+        codes = encode(part, grid)
+        packed = pack(codes, grid)
+        energy = float(part.square().sum(dtype=torch.float64))
+        above, below = above + relative_error(part, decode(codes, grid)) * energy, below + energy
+        layout = native.layout(packed, kind=kind)
+        for key, tensor in native.encode("", packed).items():
+            stored.setdefault(key.removeprefix("."), []).append(tensor.cpu())
+    layout["shape"] = list(weight.shape)
+    # Row blocks come first in every stored part, and panels are whole row blocks, so panels concatenate.
+    return above / below if below else 0.0, {key: torch.cat(parts) for key, parts in stored.items()}, layout
+
+
+def decode_table(entry: Entry, name: str) -> Tensor:
+    """The float32 table ``[V, D]`` a packed embedding stands for."""
+    from bitfloor.core.packed import dequantize
+
+    layout: Mapping[str, Any] = entry.facts["layouts"][name]
+    return dequantize(native.decode(name, dict(layout), entry.tensors.__getitem__))

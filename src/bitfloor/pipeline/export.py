@@ -1,0 +1,107 @@
+"""Quantized checkpoints in forms that other software loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfloor.core.errors import InputError
+from bitfloor.core.packed import dequantize
+from bitfloor.formats import native
+from bitfloor.formats.atomic import make_folder
+from bitfloor.formats.checkpoint import Checkpoint, read_checkpoint
+from bitfloor.formats.files import TORCH_DTYPES, read_tensor, write_artifact
+from bitfloor.formats.shards import CheckpointWriter
+from bitfloor.pipeline.folder import copy_companions
+
+PARTS = ".bitfloor-export"
+
+
+def export_dense(folder: Path, out: Path) -> dict[str, Any]:
+    """Write the dequantized weights as an ordinary float checkpoint, under the model's own parameter names.
+
+    Matrices are dequantized in float32 and cast once to the dtype ``config.json`` names; experts are put back into
+    their stacks. One parameter is in memory at a time.
+
+    Args:
+        folder: a native checkpoint.
+        out: a new or empty folder.
+
+    Raises:
+        InputError: not a native checkpoint, or ``out`` holds something.
+        BitfloorError: the disk is full.
+    """
+    checkpoint = read_checkpoint(folder)
+    if out.exists() and (not out.is_dir() or any(path.name != PARTS for path in out.iterdir())):
+        raise InputError(f"{out} is not an empty folder; choose a new one for the export.")
+    dtype = _dtype(checkpoint)
+    make_folder(out)
+    parts = make_folder(out / PARTS)
+    writer = CheckpointWriter(out)
+    try:
+        count = 0
+        for parameter, matrices in _parameters(checkpoint).items():
+            path = parts / f"{count:06d}.safetensors"
+            write_artifact(path, {parameter: _dense(checkpoint, matrices, dtype)})
+            writer.add_artifact(path)
+            count += 1
+        for name in checkpoint.native.kept:
+            writer.add_from_file(name, checkpoint.tensors[name][0], name)
+            count += 1
+        writer.write()
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+    copy_companions(folder, out)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    writer.finish(config)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    return {"format": "dense", "path": str(out), "bytes": size, "tensors": count}
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    name = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or dtype not in TORCH_DTYPES.values() or not dtype.is_floating_point:
+        raise InputError(f"config.json names the dtype {name!r}, which cannot hold weights; correct it.")
+    return dtype
+
+
+def _parameters(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Parameter name to the matrices it consists of: one, or the experts of a stack in order."""
+    found: dict[str, list[str]] = {}
+    for name in checkpoint.native.matrices:
+        if checkpoint.native.layout_of(name)["kind"] == "expert":
+            path, index, *rest = _expert_name(name)
+            found.setdefault(".".join([path, *rest]), []).append(name)
+            del index
+        else:
+            found[f"{name}.weight"] = [name]
+    return {
+        parameter: sorted(names, key=lambda name: int(_expert_name(name)[1])) if len(names) > 1 else names
+        for parameter, names in found.items()
+    }
+
+
+def _expert_name(name: str) -> list[str]:
+    """``"a.experts.3.gate_up_proj"`` as ``["a.experts", "3", "gate_up_proj"]``."""
+    parts = name.split(".")
+    at = max(i for i, part in enumerate(parts) if part.isdecimal())
+    return [".".join(parts[:at]), parts[at], *parts[at + 1 :]]
+
+
+def _dense(checkpoint: Checkpoint, matrices: list[str], dtype: torch.dtype) -> Tensor:
+    def get(name: str) -> Tensor:
+        file, entry = checkpoint.tensors[name]
+        return read_tensor(file, entry)
+
+    made = []
+    for name in matrices:
+        layout = checkpoint.native.layout_of(name)
+        weight = dequantize(native.decode(name, layout, get, checkpoint.native.orders.get(name)), dtype)
+        made.append(weight.t().contiguous() if layout["transposed"] else weight)
+    stacked = checkpoint.native.layout_of(matrices[0])["kind"] == "expert"
+    return torch.stack(made) if stacked else made[0]

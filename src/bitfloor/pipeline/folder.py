@@ -1,0 +1,89 @@
+"""The output folder: what may be in it, what the finished checkpoint consists of beside its weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitfloor.core.errors import InputError
+from bitfloor.formats.atomic import atomic_file, make_folder, read_json, storage_error
+from bitfloor.pipeline.journal import FOLDER
+
+REPORT = "bitfloor.json"
+# Files of a Hugging Face folder that are not weights and not code, copied as they are.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.tiktoken",
+    "spiece.model",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def finished_report(out: Path) -> dict[str, Any] | None:
+    """The report of the complete checkpoint in a folder, or None if there is none."""
+    if (out / "config.json").is_file() and (out / REPORT).is_file():
+        report: dict[str, Any] = read_json(out / REPORT)
+        return report
+    return None
+
+
+def prepare(out: Path, *, resume: bool) -> dict[str, Any] | None:
+    """Make the output folder usable.
+
+    Returns:
+        The report of a complete checkpoint that is already there and may be kept, or None.
+
+    Raises:
+        InputError: it holds something else, or cannot be created or written.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a folder for the quantized model.")
+    try:
+        entries = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    except OSError as error:
+        raise storage_error(error, out) from error
+    report = finished_report(out)
+    ours = FOLDER in entries or report is not None
+    if entries and not ours:
+        raise InputError(
+            f"{out} is not empty (it holds {entries[0]!r}) and is not a bitfloor run; choose a new or empty folder."
+        )
+    make_folder(out)
+    with atomic_file(out / ".bitfloor-probe") as file:
+        file.write(b"")
+    (out / ".bitfloor-probe").unlink()
+    return report if resume else None
+
+
+def clear_finished(out: Path) -> None:
+    """Remove a finished checkpoint that is to be replaced; ``config.json`` goes first."""
+    for pattern in ("config.json", REPORT, "model*.safetensors", "model*.safetensors.index.json", *COMPANIONS):
+        for path in out.glob(pattern):
+            path.unlink()
+
+
+def copy_companions(source: Path, out: Path) -> list[str]:
+    """Copy tokenizer, chat template, generation settings and licence; the names of what was copied."""
+    copied = []
+    for pattern in COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.name not in copied:
+                with atomic_file(out / path.name) as target, path.open("rb") as file:
+                    shutil.copyfileobj(file, target)
+                copied.append(path.name)
+    return copied
+
+
+def model_config(source: Path, quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's ``config.json`` with the quantization described in it."""
+    config: dict[str, Any] = read_json(source / "config.json")
+    return {**config, "quantization_config": dict(quantization)}

@@ -1,0 +1,122 @@
+"""What is to be done to a model, resolved: every matrix has a storage or a reason to stay as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from bitfloor.core.errors import InputError
+from bitfloor.core.spec import MatrixRef, QuantSpec
+from bitfloor.methods.base import Method
+
+Decide = Callable[[str], tuple[QuantSpec | None, str]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe in the pipeline's terms.
+
+    Args:
+        method: configured.
+        decide: name of a linear to its storage, or to None and the reason why it stays as it is.
+        embedding: storage of the token embedding, None to keep it.
+        head: storage of the head, None to keep it. A head tied to the embedding must be stored like it.
+        recipe: the resolved recipe as plain data, stored with the result.
+        recipe_name: its name.
+        recipe_sha256: hash of everything in it that decides the outcome.
+    """
+
+    method: Method
+    decide: Decide
+    embedding: QuantSpec | None = None
+    head: QuantSpec | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe_name: str = ""
+    recipe_sha256: str = ""
+
+
+class ModelShape(Protocol):
+    """What an assignment needs to know of a model."""
+
+    @property
+    def matrices(self) -> tuple[MatrixRef, ...]: ...
+    @property
+    def embedding(self) -> MatrixRef | None: ...
+    @property
+    def head(self) -> MatrixRef | None: ...
+    @property
+    def tied(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The storage of every matrix.
+
+    Args:
+        specs: name to storage, for all that is quantized (embedding and untied head included).
+        kept: name to the reason it stays as it is.
+        refs: name to matrix, for both.
+        tied: the head is the embedding; only the embedding is named.
+    """
+
+    specs: dict[str, QuantSpec]
+    kept: dict[str, str]
+    refs: dict[str, MatrixRef]
+    tied: bool
+
+    def of_block(self, block: int) -> dict[str, QuantSpec]:
+        """The specs of one block's matrices; -1 for embedding and head."""
+        return {name: spec for name, spec in self.specs.items() if self.refs[name].block == block}
+
+
+def assign(model: ModelShape, job: Job) -> Assignment:
+    """Give every matrix of a model its storage.
+
+    Raises:
+        InputError: a tied head that is to be stored differently from its embedding, or experts of one stack of which
+            only some are kept.
+    """
+    specs: dict[str, QuantSpec] = {}
+    kept: dict[str, str] = {}
+    refs = {ref.name: ref for ref in model.matrices}
+    for name in refs:
+        spec, reason = job.decide(name)
+        if spec is None:
+            kept[name] = reason
+        else:
+            specs[name] = spec
+    _check_stacks(refs.values(), kept)
+    if model.tied and job.head != job.embedding:
+        raise InputError(
+            f"head.bits is {_bits(job.head)} and embedding.bits is {_bits(job.embedding)}, but this model ties its head to "
+            "its embedding: they are one matrix. Leave head.bits out, or set both alike."
+        )
+    ends: Iterable[tuple[MatrixRef | None, QuantSpec | None, str]] = (
+        (model.embedding, job.embedding, "embedding.bits is 16"),
+        (None if model.tied else model.head, job.head, "head.bits is 16"),
+    )
+    for ref, spec, reason in ends:
+        if ref is not None:
+            refs[ref.name] = ref
+            if spec is None:
+                kept[ref.name] = reason
+            else:
+                specs[ref.name] = spec
+    return Assignment(specs, kept, refs, model.tied)
+
+
+def _bits(spec: QuantSpec | None) -> int:
+    return 16 if spec is None else spec.bits
+
+
+def _check_stacks(refs: Iterable[MatrixRef], kept: Mapping[str, str]) -> None:
+    partial: dict[str, set[bool]] = {}
+    for ref in refs:
+        partial.setdefault(ref.param, set()).add(ref.name in kept)
+    for param, states in partial.items():
+        if len(states) > 1:
+            raise InputError(
+                f"the recipe keeps some of the experts stacked in {param} and quantizes others; a stack is one tensor, "
+                "so keep all of them or none."
+            )

@@ -1,0 +1,123 @@
+"""The journal of a run: one immutable, checksummed file a block, and what they were made from.
+
+    OUT/.bitfloor/run.json            the fingerprint of the run: recipe, model, data, device, threads, versions
+    OUT/.bitfloor/block-00012.safetensors
+    OUT/.bitfloor/ends.safetensors    embedding, head and everything outside the blocks
+
+A file appears under its name only when it is complete and on the device. Whatever a killed run leaves behind is either
+such a file or a temporary one that the next attempt overwrites. A file that does not match its checksum is made again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bitfloor.core.errors import InputError
+from bitfloor.formats.atomic import make_folder, read_json, write_json
+from bitfloor.formats.files import CorruptArtifact, read_artifact, verify_artifact, write_artifact
+
+FOLDER = ".bitfloor"
+RUN = "run.json"
+ENDS = "ends"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished part of the model.
+
+    Args:
+        tensors: what the checkpoint will hold of it.
+        facts: layouts, errors, notes, seconds: plain data.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def part_name(block: int) -> str:
+    """The journal's name of a block."""
+    return f"block-{block:05d}"
+
+
+class Journal:
+    """Finished parts of one run, in the output folder.
+
+    Args:
+        folder: the run's output folder, which exists.
+        fingerprint: what decides the bytes of the result.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.folder = folder / FOLDER
+        self.fingerprint = dict(fingerprint)
+
+    def begin(self, resume: bool) -> None:
+        """Open the journal: continue the one that is there, or start one.
+
+        Raises:
+            InputError: there is one, of a run that would give other bytes; the message names what changed.
+        """
+        run = self.folder / RUN
+        if not resume and self.folder.exists():
+            shutil.rmtree(self.folder)
+        if run.exists():
+            changed = differences(read_json(run), self.fingerprint)
+            if changed:
+                raise InputError(
+                    f"{self.folder.parent} holds an unfinished run that was started differently: {changed}. "
+                    "Repeat the original command to resume it, or add --no-resume to start over."
+                )
+            return
+        make_folder(self.folder)
+        write_json(run, self.fingerprint)
+
+    def path(self, part: str) -> Path:
+        """Where a part is, or will be, stored."""
+        return self.folder / f"{part}.safetensors"
+
+    def facts(self, part: str) -> dict[str, Any] | None:
+        """The facts of a finished part without its tensors, or None if it is missing or damaged (then it is removed)."""
+        path = self.path(part)
+        if not path.exists():
+            return None
+        try:
+            metadata = verify_artifact(path).metadata
+        except CorruptArtifact:
+            path.unlink()
+            return None
+        return _facts(metadata)
+
+    def get(self, part: str) -> Entry:
+        """A finished part.
+
+        Raises:
+            CorruptArtifact: the file changed since it was last checked.
+        """
+        tensors, metadata = read_artifact(self.path(part))
+        return Entry(tensors, _facts(metadata))
+
+    def put(self, part: str, entry: Entry) -> None:
+        """Store a finished part; from here on the run need not do it again."""
+        write_artifact(self.path(part), entry.tensors, {"facts": json.dumps(entry.facts, sort_keys=True)})
+
+    def close(self) -> None:
+        """Remove the journal: the checkpoint is complete."""
+        shutil.rmtree(self.folder)
+
+
+def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(metadata["facts"])
+    return facts
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two fingerprints, as a phrase; empty when nothing does."""
+    keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return "; ".join(f"{key.replace('_', ' ')} was {old.get(key)!r} and is now {new.get(key)!r}" for key in keys)

@@ -1,0 +1,177 @@
+"""What a run will make and need, from names and shapes alone: no weight is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from bitfloor.core.errors import InputError
+from bitfloor.core.spec import MatrixRef, QuantSpec
+from bitfloor.formats.layout import Layout
+from bitfloor.methods.base import Need
+from bitfloor.modeling.loader import SourceModel
+from bitfloor.pipeline.ends import ROWS
+from bitfloor.pipeline.job import Assignment, Job, assign
+from bitfloor.pipeline.sizes import parameter_sizes, size_summary, stored_bytes
+
+FLOAT = 4
+DOUBLE = 8
+# What the process takes beyond what it holds when it plans: thread pools, operator caches, allocator slack. Measured
+# (bench/memory.py) and nearly constant.
+OVERHEAD = 120 << 20
+# Float64 copies of the Hessian alive at once while its inverse is factorised: permuted input, damped, factor, inverse.
+FACTOR_COPIES = 5
+# Float32 tensors of the shape of the stacked weights alive at once inside a solver: weights, working copy, expanded
+# scales and shifts and their transposes, codes.
+SOLVER_COPIES = 8
+# Hidden-width and intermediate-width float32 activations of one batch alive at once inside a block's forward.
+ACTIVATION_COPIES = 6
+
+
+def spec_layout(ref: MatrixRef, spec: QuantSpec) -> Layout:
+    """The layout a matrix will have: one segment, as every uniform method stores it."""
+    rows, columns = ref.shape
+    offset = spec.bits == 1
+    segment = {
+        "columns": columns,
+        "bits": spec.bits,
+        "group_size": spec.columns_per_group(columns),
+        "zero": None if offset else (1 << (spec.bits - 1) if spec.symmetric else "packed"),
+        "offset": offset,
+        "channel_scale": False,
+    }
+    return {
+        "shape": [rows, columns],
+        "kind": ref.kind,
+        "transposed": ref.transposed,
+        "scale_dtype": spec.scale_dtype,
+        "segments": [segment],
+        "order": None,
+    }
+
+
+def make_plan(
+    source: SourceModel, job: Job, data: tuple[int, int, int] | None, *, device: str, spill: bool
+) -> dict[str, Any]:
+    """Storage of every matrix, expected sizes, and the memory the run will need.
+
+    Args:
+        source: the float model.
+        job: what to do.
+        data: sequences, tokens in each, sequences in a batch; None when no text is read.
+        device: ``"cpu"`` or ``"cuda"``.
+        spill: the activations go to disk.
+
+    Raises:
+        InputError: the assignment is impossible (see :func:`bitfloor.pipeline.job.assign`).
+    """
+    assignment = assign(source.map, job)
+    layouts = {name: spec_layout(assignment.refs[name], spec) for name, spec in assignment.specs.items()}
+    stored = stored_bytes(layouts)
+    held = parameter_sizes(source)
+    matrices = []
+    for name, ref in assignment.refs.items():
+        spec = assignment.specs.get(name)
+        matrices.append(
+            {
+                "name": name,
+                "shape": list(ref.shape),
+                "bits": 16 if spec is None else spec.bits,
+                "group_size": None if spec is None else spec.columns_per_group(ref.shape[1]),
+                "bytes": stored[name] if spec is not None else held[ref.param][1],
+                "kept": assignment.kept.get(name),
+            }
+        )
+    peak = peak_memory(source, job, assignment, data, spill=spill)
+    available = available_memory(device)
+    return {
+        "matrices": matrices,
+        **size_summary(source, assignment, stored),
+        "peak_memory_bytes": peak,
+        "available_memory_bytes": available,
+        "fits": available is None or peak <= available,
+    }
+
+
+def check_memory(planned: dict[str, Any]) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        InputError: naming what is needed and what there is.
+    """
+    if not planned["fits"]:
+        raise InputError(
+            f"the run needs about {planned['peak_memory_bytes'] / 1e9:.1f} GB of memory and "
+            f"{planned['available_memory_bytes'] / 1e9:.1f} GB are available; use fewer or shorter calibration "
+            "sequences, a smaller calibration.batch_size, or --spill FOLDER."
+        )
+
+
+def peak_memory(
+    source: SourceModel, job: Job, assignment: Assignment, data: tuple[int, int, int] | None, *, spill: bool
+) -> int:
+    """Predicted peak resident memory of the run in bytes: the process as it is, plus the larger of its phases."""
+    held = parameter_sizes(source)
+    prefix = f"{source.map.blocks_path}."
+    blocks = [0] * source.map.n_blocks
+    for name, (count, _) in held.items():
+        if name.startswith(prefix):
+            blocks[int(name[len(prefix) :].split(".")[0])] += count
+    hidden = int(source.config.get_text_config().hidden_size)
+    streams = moving = 0
+    if data is not None:
+        sequences, seqlen, batch = data
+        batch = min(batch, sequences)
+        streams = 2 * FLOAT * hidden * seqlen * (batch if spill else sequences)
+        widest = max((max(ref.shape) for ref in source.map.matrices), default=hidden)
+        moving = FLOAT * batch * seqlen * (ACTIVATION_COPIES * hidden + 3 * widest)
+    # A block: its weights in float32, and once more dequantized.
+    block = 2 * FLOAT * max(blocks, default=0) + moving + _solver_memory(source, job, assignment)
+    outside = sum(count for name, (count, _) in held.items() if not name.startswith(prefix))
+    ends = 0
+    for ref in (source.map.embedding, None if source.map.tied else source.map.head):
+        if ref is not None:
+            ends = max(ends, held[ref.param][1] + 10 * FLOAT * min(ROWS, ref.shape[0]) * ref.shape[1])
+    capture = FLOAT * outside + moving if data is not None else 0
+    return resident_memory() + OVERHEAD + streams + max(block, capture + ends)
+
+
+def _solver_memory(source: SourceModel, job: Job, assignment: Assignment) -> int:
+    needs = job.method.needs
+    worst = 0
+    for ref in source.map.matrices:
+        if ref.name not in assignment.specs:
+            continue
+        # Matrices fed by one tensor are solved together; three of equal shape is the usual most.
+        peers = sum(1 for other in source.map.block_matrices(ref.block) if other.shape[1] == ref.shape[1])
+        stacked = min(peers, 3) * ref.shape[0] * ref.shape[1] if ref.kind != "expert" else ref.shape[0] * ref.shape[1]
+        memory = SOLVER_COPIES * FLOAT * stacked
+        if Need.HESSIAN in needs:
+            sums = sum(1 for other in source.map.block_matrices(ref.block) if other.param == ref.param)
+            memory += ref.shape[1] ** 2 * (FACTOR_COPIES * DOUBLE + FLOAT * max(sums, 1))
+        worst = max(worst, memory)
+    return worst
+
+
+def resident_memory() -> int:
+    """Resident bytes of this process, 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+def available_memory(device: str) -> int | None:
+    """Bytes of main memory this process may hold in all, None where the system does not say.
+
+    For a GPU run the blocks live on the device; main memory still bounds the streams, so it is what is checked.
+    """
+    del device
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 + resident_memory()
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,84 @@
+"""A quantization from end to end: check, open the journal, make what is missing, write the checkpoint."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfloor.core.errors import InputError
+from bitfloor.modeling.loader import SourceModel
+from bitfloor.pipeline.finish import write_checkpoint
+from bitfloor.pipeline.folder import clear_finished, prepare
+from bitfloor.pipeline.job import Job, assign
+from bitfloor.pipeline.journal import Journal, differences
+from bitfloor.pipeline.run import Run, RunOptions
+
+
+def quantize_model(
+    source: SourceModel,
+    job: Job,
+    batches: Sequence[Tensor],
+    data: str,
+    out: Path,
+    *,
+    options: RunOptions,
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Quantize ``source`` into the folder ``out``.
+
+    Args:
+        source: the float model.
+        job: what to do.
+        batches: calibration tokens; empty when the method reads none.
+        data: hash of the calibration tokens.
+        out: output folder: new, empty, or of an earlier run of the same command.
+        options: how to carry it out.
+        resume: continue an unfinished run, and keep a finished checkpoint of the same command; False starts over.
+
+    Returns:
+        The report of the checkpoint.
+
+    Raises:
+        InputError: wrong input, found before anything was written, or a folder of a different run.
+        BitfloorError: the run failed; what was finished is kept.
+    """
+    assignment = assign(source.map, job)
+    fingerprint = make_fingerprint(source, job, data, options.device)
+    finished = prepare(out, resume=resume)
+    journal = Journal(out, fingerprint)
+    if finished is not None:
+        changed = differences(finished["made_from"], fingerprint)
+        if changed:
+            raise InputError(
+                f"{out} holds a finished checkpoint that was made differently: {changed}. "
+                "Choose another folder, or add --no-resume to replace it."
+            )
+        if journal.folder.exists():  # killed after config.json was written and before the journal was removed
+            journal.close()
+        return finished
+    journal.begin(resume)
+    clear_finished(out)
+    Run(source, job, assignment, journal, batches, options).execute()
+    return write_checkpoint(source, job, assignment, journal, out)
+
+
+def make_fingerprint(source: SourceModel, job: Job, data: str, device: str) -> dict[str, Any]:
+    """Everything that decides the bytes of the result."""
+    kind = torch.device(device).type
+    return {
+        "recipe": job.recipe_sha256,
+        "model": source.fingerprint,
+        "calibration_tokens": data,
+        "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "bitfloor": version("bitfloor"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }

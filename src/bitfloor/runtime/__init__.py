@@ -1,0 +1,1 @@
+"""L3: packed modules inside a Hugging Face skeleton, and whole models to run."""

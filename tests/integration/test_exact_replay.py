@@ -85,27 +85,16 @@ def test_replay_is_exact(name: str, tmp_path: Path) -> None:
     assert all(p.is_meta for p in source.skeleton.parameters())
 
 
-def test_a_model_that_talks_behind_our_back_is_refused(tmp_path: Path) -> None:
+def test_a_model_with_a_memory_of_its_own_is_refused(tmp_path: Path) -> None:
     source = open_source(save_pico(tmp_path))
-    layers = source.skeleton.model.layers
-    notes: list[Tensor] = []
+    runs: list[int] = []
 
-    def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        notes.append(output)
+    def remember(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        runs.append(1)
+        return output + len(runs)
 
-    def pick_up(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # Data from block 0 reaches block 2 through a list nobody passes; each note can be picked up once.
-        return output + notes.pop() if notes else output
-
-    layers[0].register_forward_hook(leave)
-    layers[2].register_forward_hook(pick_up)
-    verify_replay_is_silent = False
-    try:
+    # What a block keeps in itself between calls shows in no argument; only running both ways shows it.
+    source.skeleton.model.layers[2].register_forward_hook(remember)
+    with pytest.raises(InputError, match="LlamaForCausalLM run block by block differs from its own forward"):
         verify_replay(source, token_batches(1)[0])
-        verify_replay_is_silent = True
-    except InputError as error:
-        assert "differs from its own forward" in str(error)
-    # Chained in order, even this model replays exactly: the note is there when block 2 runs.
-    assert verify_replay_is_silent
-    layers[1].register_forward_hook(lambda m, a, o: o + 0.1 * isinstance(m.training, bool) if len(notes) == 1 else o)
-    verify_replay(source, token_batches(1)[0])
+    assert all(p.is_meta for p in source.skeleton.parameters())

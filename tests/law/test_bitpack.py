@@ -58,7 +58,7 @@ def test_columns_packed_tile_by_tile_equal_columns_packed_at_once(
     bits: int, split: int, rows: int, columns: int, seed: int
 ) -> None:
     codes = random_codes(rows, columns, bits, seed)
-    parts = [pack_tiles(part, bits) for part in codes.split(32 * split, dim=1)]
+    parts = [pack_tiles(part, bits) for part in torch.split(codes, 32 * split, dim=1)]
     assert torch.equal(torch.cat(parts, dim=1), pack_tiles(codes, bits))
 
 

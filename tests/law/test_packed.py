@@ -35,7 +35,7 @@ def segments(draw: st.DrawFn, rows: int, start: int = 0) -> Segment:
         values(rows, groups),
         bits=bits,
         group_size=group_size,
-        zero={"packed": codes(rows, groups), "constant": 1 << (bits - 1), "offset": None}[kind],
+        zero=codes(rows, groups) if kind == "packed" else 1 << (bits - 1) if kind == "constant" else None,
         offset=values(rows, groups) if kind == "offset" else None,
         channel_scale=values(columns) if draw(st.booleans()) else None,
         start=start,

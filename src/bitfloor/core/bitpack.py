@@ -93,14 +93,15 @@ def unpack_tiles(packed: Tensor, bits: int, rows: int, columns: int) -> Tensor:
         ``[O, K]`` uint8 codes, contiguous.
     """
     blocks, count = packed.shape[0], packed.shape[1]
-    lines = packed.reshape(blocks, count, bits, ROWS, 4)
-    quads = packed.new_zeros(blocks, ROWS, count, QUADS, 4)
+    lines = packed.reshape(blocks, count, bits, 4 * ROWS).view(torch.int32)  # four codes at a time: one row of a quad
+    quads = lines.new_zeros(blocks, ROWS, count, QUADS)
     for line, fields in enumerate(LINES[bits]):
-        source = lines[:, :, line].transpose(1, 2)  # [Ob, row, T, byte]
+        source = lines[:, :, line].transpose(1, 2)  # [Ob, row, T]
         for quad, low, width, at in fields:
-            field = source if width == 8 else (source >> at) & ((1 << width) - 1)
-            quads[:, :, :, quad] |= field << low if low else field
-    return quads.reshape(blocks * ROWS, count * COLUMNS)[:rows, :columns].contiguous()
+            # The shift copies the sign bit in from above, where the mask has no bits: at + width is at most 8.
+            field = source if width == 8 else (source >> at) & (0x01010101 * ((1 << width) - 1))
+            quads[..., quad] |= field << low if low else field
+    return quads.view(torch.uint8).reshape(blocks * ROWS, count * COLUMNS)[:rows, :columns].contiguous()
 
 
 def pack_zeros(zero: Tensor, bits: int) -> Tensor:

@@ -5,7 +5,7 @@ Methods declare, the pipeline decides: nothing outside a method's own file branc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Protocol
@@ -26,6 +26,14 @@ class Need(Enum):
 
 
 Groups = list[tuple[str, ...]]
+
+
+class Batches(Protocol):
+    """Hidden states ``[B, T, D]`` by batch: a list of tensors, or one that reads them from disk."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Tensor]: ...
+    def __getitem__(self, index: int, /) -> Tensor: ...
 
 
 class Block(Protocol):
@@ -90,7 +98,7 @@ class Method(Protocol):
     def needs(self) -> frozenset[Need]:
         """What the pipeline must prepare."""
 
-    def quantize_block(self, block: Block, inputs: Sequence[Tensor], specs: Mapping[str, QuantSpec]) -> BlockResult:
+    def quantize_block(self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec]) -> BlockResult:
         """Quantize the matrices named in ``specs``; the others of the block stay float.
 
         Args:
@@ -100,7 +108,7 @@ class Method(Protocol):
         """
 
 
-def stages(block: Block, inputs: Sequence[Tensor], names: Iterable[str]) -> list[Groups]:
+def stages(block: Block, inputs: Batches, names: Iterable[str]) -> list[Groups]:
     """Input groups of the wanted matrices that can be observed in one pass, in order of execution."""
     wanted = set(names)
     members = (tuple(name for name in group if name in wanted) for group in block.input_groups(inputs[0]))

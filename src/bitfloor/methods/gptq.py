@@ -14,7 +14,7 @@ from bitfloor.core.affine import Grid, decode, encode, pack
 from bitfloor.core.metrics import output_error
 from bitfloor.core.packed import dequantize
 from bitfloor.core.spec import QuantSpec
-from bitfloor.methods.base import Block, BlockResult, MatrixReport, Need, stages
+from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need, stages
 from bitfloor.methods.options import GptqConfig
 from bitfloor.solvers.gptq import gptq
 from bitfloor.solvers.ranges import minmax_grid, search_grid
@@ -38,7 +38,7 @@ class Gptq:
     def needs(self) -> frozenset[Need]:
         return frozenset({Need.INPUTS, Need.HESSIAN})
 
-    def quantize_block(self, block: Block, inputs: Sequence[Tensor], specs: Mapping[str, QuantSpec]) -> BlockResult:
+    def quantize_block(self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec]) -> BlockResult:
         """See :class:`bitfloor.methods.base.Method`."""
         result = BlockResult()
         done: dict[str, Tensor] = {}

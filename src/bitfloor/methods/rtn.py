@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from bitfloor.calib.stats import MomentSum
 from bitfloor.core.affine import decode, encode, pack
 from bitfloor.core.spec import QuantSpec
-from bitfloor.methods.base import Block, BlockResult, MatrixReport, Need, stages
+from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need, stages
 from bitfloor.methods.options import RtnConfig
 from bitfloor.solvers.ranges import minmax_grid, search_grid
 
@@ -32,7 +32,7 @@ class Rtn:
     def needs(self) -> frozenset[Need]:
         return frozenset({Need.INPUTS}) if self.config.range == "search" else frozenset()
 
-    def quantize_block(self, block: Block, inputs: Sequence[Tensor], specs: Mapping[str, QuantSpec]) -> BlockResult:
+    def quantize_block(self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec]) -> BlockResult:
         """See :class:`bitfloor.methods.base.Method`. All inputs are observed in one pass of the float block."""
         moments = self._moments(block, inputs, specs) if self.config.range == "search" else {}
         result = BlockResult()
@@ -51,7 +51,7 @@ class Rtn:
             result.reports[name] = MatrixReport(error, time.perf_counter() - began, note)
         return result
 
-    def _moments(self, block: Block, inputs: Sequence[Tensor], names: Iterable[str]) -> dict[str, MomentSum]:
+    def _moments(self, block: Block, inputs: Batches, names: Iterable[str]) -> dict[str, MomentSum]:
         """Second moments of the inputs of every matrix; those fed by one tensor share one sum."""
         sums: dict[str, MomentSum] = {}
         leaders: list[str] = []

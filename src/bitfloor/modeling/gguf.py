@@ -96,9 +96,9 @@ def _dequantize(path: Path, folder: Path) -> None:
             model.hf_quantizer.remove_quantization_config(model)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    except OSError:
-        raise
     except Exception as error:  # transformers and gguf raise many kinds on unknown or damaged files
+        if isinstance(error, OSError) and error.errno is not None:  # the system's own: no space, no permission
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
             f"{path} cannot be dequantized by transformers ({reason}); give the float model instead."

@@ -57,7 +57,7 @@ def _quantize_table(
     stored: dict[str, list[Tensor]] = {}
     above = below = 0.0
     layout: dict[str, Any] = {}
-    for panel in weight.split(ROWS):
+    for panel in torch.split(weight, ROWS):
         part = panel.to(device, torch.float32)
         grid = search_grid(part, ones, spec)
         codes = encode(part, grid)

@@ -11,7 +11,7 @@ class Event:
     """One thing that happened.
 
     Args:
-        kind: ``"start"``, ``"stage"``, ``"block"`` (a block is finished), ``"window"`` (scored), ``"note"`` or ``"done"``.
+        kind: ``"start"``, ``"stage"``, ``"block"`` (is finished), ``"window"`` (is scored) or ``"note"``.
         block: index of the block, where there is one.
         blocks: number of blocks of the model.
         loss: relative squared error of the block's output, quantized stream against float stream.

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import nn
+
 from bitfloor.core.errors import InputError
 from bitfloor.core.spec import MatrixRef, QuantSpec
 from bitfloor.methods.base import Method
+from bitfloor.runtime.swap import refusal
 
 Decide = Callable[[str], tuple[QuantSpec | None, str]]
 
@@ -89,8 +92,8 @@ def assign(model: ModelShape, job: Job) -> Assignment:
     _check_stacks(refs.values(), kept)
     if model.tied and job.head != job.embedding:
         raise InputError(
-            f"head.bits is {_bits(job.head)} and embedding.bits is {_bits(job.embedding)}, but this model ties its head to "
-            "its embedding: they are one matrix. Leave head.bits out, or set both alike."
+            f"head.bits is {_bits(job.head)} and embedding.bits is {_bits(job.embedding)}, but this model ties its "
+            "head to its embedding: they are one matrix. Leave head.bits out, or set both alike."
         )
     ends: Iterable[tuple[MatrixRef | None, QuantSpec | None, str]] = (
         (model.embedding, job.embedding, "embedding.bits is 16"),
@@ -104,6 +107,23 @@ def assign(model: ModelShape, job: Job) -> Assignment:
             else:
                 specs[ref.name] = spec
     return Assignment(specs, kept, refs, model.tied)
+
+
+def check_loadable(skeleton: nn.Module, assignment: Assignment) -> None:
+    """Refuse, before any work, a matrix whose packed form could not take its module's place when loading.
+
+    Raises:
+        InputError: naming the module and why.
+    """
+    for name in assignment.specs:
+        ref = assignment.refs[name]
+        owner = skeleton.get_submodule(ref.param.rpartition(".")[0])
+        reason = refusal(owner, ref.kind)
+        if reason is not None:
+            raise InputError(
+                f"{name} cannot be stored packed: {reason}. Keep it with a layer rule: "
+                f"layers: [{{match: {name!r}, keep: true}}]."
+            )
 
 
 def _bits(spec: QuantSpec | None) -> int:

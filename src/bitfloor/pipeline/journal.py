@@ -83,7 +83,7 @@ class Journal:
         return self.folder / f"{part}.safetensors"
 
     def facts(self, part: str) -> dict[str, Any] | None:
-        """The facts of a finished part without its tensors, or None if it is missing or damaged (then it is removed)."""
+        """The facts of a finished part without its tensors; None if it is missing or damaged (then it is removed)."""
         path = self.path(part)
         if not path.exists():
             return None

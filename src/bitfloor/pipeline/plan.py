@@ -12,7 +12,7 @@ from bitfloor.formats.layout import Layout
 from bitfloor.methods.base import Need
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.ends import ROWS
-from bitfloor.pipeline.job import Assignment, Job, assign
+from bitfloor.pipeline.job import Assignment, Job, assign, check_loadable
 from bitfloor.pipeline.sizes import parameter_sizes, size_summary, stored_bytes
 
 FLOAT = 4
@@ -67,6 +67,7 @@ def make_plan(
         InputError: the assignment is impossible (see :func:`bitfloor.pipeline.job.assign`).
     """
     assignment = assign(source.map, job)
+    check_loadable(source.skeleton, assignment)
     layouts = {name: spec_layout(assignment.refs[name], spec) for name, spec in assignment.specs.items()}
     stored = stored_bytes(layouts)
     held = parameter_sizes(source)

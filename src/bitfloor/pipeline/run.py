@@ -17,7 +17,7 @@ from bitfloor.calib.streams import Stream
 from bitfloor.core.errors import BitfloorError
 from bitfloor.core.packed import dequantize
 from bitfloor.formats import native
-from bitfloor.methods.base import BlockResult, Need
+from bitfloor.methods.base import Batches, BlockResult, Need
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.ends import decode_table, make_ends
 from bitfloor.pipeline.events import Event, Progress, silent
@@ -81,7 +81,8 @@ class Run:
         """
         blocks = self.source.map.n_blocks
         missing = [k for k in range(blocks) if self.journal.facts(part_name(k)) is None]
-        self._tell("start", message=f"{blocks - len(missing)} of {blocks} blocks are done" if len(missing) < blocks else "")
+        done = blocks - len(missing)
+        self._tell("start", message=f"{done} of {blocks} blocks are done" if done else "")
         if self.journal.facts(ENDS) is None:
             self._tell("stage", message="embedding and head")
             self.journal.put(ENDS, make_ends(self.source, self.assignment, self.options.device))
@@ -138,7 +139,7 @@ class Run:
         _, runner = self._open(k)
         try:
             specs = self.assignment.of_block(k)
-            inputs = self._quantized if self._quantized is not None else ()
+            inputs: Batches = self._quantized if self._quantized is not None else ()
             result = self.job.method.quantize_block(runner, inputs, specs)
             absent = sorted(set(specs) - set(result.weights))
             if absent:
@@ -162,7 +163,11 @@ class Run:
             self.source.release_block(k)
 
     def _advance(self, runner: BlockRunner, weights: Mapping[str, Tensor]) -> float | None:
-        """Replace both streams by the block's outputs; the relative squared error between them, if there are streams."""
+        """Replace both streams by the block's outputs.
+
+        Returns:
+            the relative squared error between them, None without streams.
+        """
         if self._float is None or self._quantized is None:
             return None
         above = below = 0.0
@@ -175,7 +180,8 @@ class Run:
             self._quantized[i] = found
         if not below < float("inf") or not above < float("inf"):
             raise BitfloorError(
-                f"the block of {runner.names[0]} gives NaN or infinite outputs on the calibration text; check the model's weights."
+                f"the block of {runner.names[0]} gives NaN or infinite outputs on the calibration text; "
+                "check the weights."
             )
         return above / below if below else 0.0
 

@@ -51,7 +51,9 @@ def read_recipe(
         origin, stem = f"recipe {text}", Path(text).stem
         data = parse_yaml(recipe_text(text), origin)
     if isinstance(data, dict):
-        data.setdefault("name", stem)
+        # The name says what was changed, so that a report never calls a 2-bit model "gptq-w4g64".
+        changes = [*overrides] + ([f"calibration.text={calibration}"] if calibration is not None else [])
+        data["name"] = " ".join([str(data.get("name") or stem), *changes])
         for override in overrides:
             apply_override(data, override)
         if calibration is not None:

@@ -1,4 +1,4 @@
-"""Whole models to run: a float one or a packed one, behind one function. Quantization never needs this; scoring does."""
+"""Whole models to run: a float one or a packed one, behind one function. Quantization never needs a whole one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bitfloor.core.errors import InputError
 from bitfloor.formats.detect import Kind, detect
 from bitfloor.modeling.loader import open_source
 from bitfloor.modeling.locate import locate
-from bitfloor.modeling.hf import load_packed
+from bitfloor.runtime.hf import load_packed
 
 
 def load_model(
@@ -62,5 +62,6 @@ def load_tokenizer(model: str | os.PathLike[str], *, trust_remote_code: bool = F
         )
     except Exception as error:  # tokenizer classes raise many kinds on missing or damaged files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"{folder} has no usable tokenizer ({reason}); put tokenizer.json beside the weights.") from error
+        message = f"{folder} has no usable tokenizer ({reason}); put tokenizer.json beside the weights."
+        raise InputError(message) from error
     return tokenizer

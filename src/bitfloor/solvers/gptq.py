@@ -41,9 +41,7 @@ class GptqResult:
     damping: float
 
 
-def gptq(
-    weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01, act_order: bool = True
-) -> GptqResult:
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01, act_order: bool = True) -> GptqResult:
     """Codes of ``weight`` on ``grid`` that keep ``W X`` rather than ``W``.
 
     Args:

@@ -19,7 +19,9 @@ from bitfloor.core.spec import MatrixRef
 from bitfloor.modeling.discover import describe
 
 
-def first_block(name: str, batches: list[Tensor] | None = None, k: int = 0, **changes: Any) -> tuple[BlockRunner, list[Tensor]]:
+def first_block(
+    name: str, batches: list[Tensor] | None = None, k: int = 0, **changes: Any
+) -> tuple[BlockRunner, list[Tensor]]:
     """Runner of block ``k`` of a pico model, and inputs for it (the model's own for block 0)."""
     model = pico_model(name, **changes).requires_grad_(False)
     parts = describe(model)
@@ -47,7 +49,9 @@ def test_weights_are_views_in_matrix_form(name: str) -> None:
     for matrix in runner.names:
         ref, w = runner.ref(matrix), runner.weight(matrix)
         assert w.shape == ref.shape and w.dtype == torch.float32 and not w.requires_grad
-        stored = runner.module.get_parameter(ref.param.split(".", 3)[3] if name != "gpt2" else ref.param.split(".", 3)[3])
+        stored = runner.module.get_parameter(
+            ref.param.split(".", 3)[3] if name != "gpt2" else ref.param.split(".", 3)[3]
+        )
         assert w.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
 
 
@@ -93,7 +97,9 @@ def test_wrong_names_and_shapes_are_refused() -> None:
 
 
 def test_a_block_that_returns_no_hidden_state() -> None:
-    runner = BlockRunner(nn.Linear(4, 5), "b", [MatrixRef("b", "b.weight", (5, 4), 0, "linear")], [Call((None,), {}, 0)])
+    runner = BlockRunner(
+        nn.Linear(4, 5), "b", [MatrixRef("b", "b.weight", (5, 4), 0, "linear")], [Call((None,), {}, 0)]
+    )
     with pytest.raises(BitfloorError, match="not a hidden state like its input"):
         runner.forward(torch.zeros(1, 2, 4), 0)
 
@@ -112,8 +118,9 @@ def test_observed_rows_are_the_inputs_of_the_modules(name: str) -> None:
     runner, xs = first_block(name)
     truth: dict[str, list[Tensor]] = defaultdict(list)
     hooks = [
-        runner.module.get_submodule(runner.ref(n).param.split(runner.names[0].split(".0.")[0] + ".0.")[1].rpartition(".")[0])
-        .register_forward_pre_hook(lambda _, args, n=n: truth[n].append(args[0].detach()))
+        runner.module.get_submodule(
+            runner.ref(n).param.split(runner.names[0].split(".0.")[0] + ".0.")[1].rpartition(".")[0]
+        ).register_forward_pre_hook(lambda _, args, n=n: truth[n].append(args[0].detach()))
         for n in runner.names
     ]
     with torch.no_grad():

@@ -47,7 +47,7 @@ def random_segment(
         scale,
         bits=bits,
         group_size=group_size,
-        zero={"packed": zero, "constant": 1 << (bits - 1), "offset": None}[kind],
+        zero=zero if kind == "packed" else 1 << (bits - 1) if kind == "constant" else None,
         offset=torch.randn(rows, groups, generator=generator).to(dtype) if kind == "offset" else None,
         channel_scale=(torch.rand(columns, generator=generator) + 0.5).to(dtype) if channel else None,
         start=start,
@@ -62,7 +62,8 @@ def element(segment: Segment, codes: Tensor, row: int, column: int) -> np.float3
     if segment.offset is not None:
         offset = np.float32(float(segment.offset[row, group]))
     else:
-        zero = segment.zero if isinstance(segment.zero, int) else int(segment.zero[row, group])
+        zero = int(segment.zero[row, group]) if isinstance(segment.zero, Tensor) else segment.zero
+        assert zero is not None
         offset = -np.float32(zero) * scale
     value = np.float32(int(codes[row, column])) * scale + offset
     if segment.channel_scale is not None:
@@ -165,9 +166,11 @@ def test_the_result_is_cast_once_at_the_end() -> None:
 
 def test_dequantize_leaves_the_stored_tensors_alone() -> None:
     segment, codes = random_segment(7, 40, bits=2, group_size=16, kind="offset", channel=True)
-    before = [tensor.clone() for tensor in (segment.codes, segment.scale, segment.offset, segment.channel_scale)]
+    tensors = [segment.codes, segment.scale, segment.offset, segment.channel_scale]
+    before = [tensor.clone() for tensor in tensors if tensor is not None]
     dequantize(PackedWeight((7, 40), (segment,)))
-    after = (segment.codes, segment.scale, segment.offset, segment.channel_scale)
+    after = [tensor for tensor in tensors if tensor is not None]
+    assert len(after) == 4
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 

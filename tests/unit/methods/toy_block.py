@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -30,7 +31,7 @@ class ToyBlock:
         generator = torch.Generator().manual_seed(seed)
 
         def matrix(rows: int, columns: int) -> Tensor:
-            return torch.randn(rows, columns, generator=generator) / columns**0.5
+            return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
 
         self.weights = {"a": matrix(hidden, width), "b": matrix(width, width), "c": matrix(width, hidden)}
         for expert in range(experts):

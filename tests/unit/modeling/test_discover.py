@@ -1,4 +1,4 @@
-"""Discovery: every parameter of every architecture is a named matrix or is kept for a reason, or the model is refused."""
+"""Discovery: every parameter of an architecture is a named matrix or kept for a reason, or the model is refused."""
 
 from __future__ import annotations
 
@@ -68,7 +68,12 @@ def test_every_parameter_is_named_once(name: str) -> None:
 def test_names_and_layouts_of_experts_and_conv1d() -> None:
     mixtral = {r.name: r for r in describe(skeleton("mixtral")).matrices}
     ref = mixtral["model.layers.0.mlp.experts.3.gate_up_proj"]
-    assert (ref.param, ref.kind, ref.index, ref.transposed) == ("model.layers.0.mlp.experts.gate_up_proj", "expert", 3, False)
+    assert (ref.param, ref.kind, ref.index, ref.transposed) == (
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "expert",
+        3,
+        False,
+    )
     assert ref.shape == (160, 48)
     stored_in_out = {r.name: r for r in describe(skeleton("gpt_oss")).matrices}
     ref = stored_in_out["model.layers.0.mlp.experts.3.gate_up_proj"]
@@ -158,7 +163,9 @@ class Stack(nn.Module):
         ("down_proj", (2, 64, 48), (48, 64), True),
     ],
 )
-def test_orientation_from_name_and_size(name: str, shape: tuple[int, ...], matrix: tuple[int, int], transposed: bool) -> None:
+def test_orientation_from_name_and_size(
+    name: str, shape: tuple[int, ...], matrix: tuple[int, int], transposed: bool
+) -> None:
     model = skeleton("llama")
     model.model.layers[0].mlp = nn.ModuleDict({"experts": Stack(name, *shape)})
     refs = [r for r in describe(model).matrices if r.kind == "expert"]

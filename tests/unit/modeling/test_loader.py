@@ -122,7 +122,9 @@ def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
     source = open_source(save_pico(tmp_path, "llama_tied"))
     source.load_outer()
     model = source.skeleton
-    assert source.map.tied and model.lm_head.weight is model.model.embed_tokens.weight and not model.lm_head.weight.is_meta
+    assert (
+        source.map.tied and model.lm_head.weight is model.model.embed_tokens.weight and not model.lm_head.weight.is_meta
+    )
     assert torch.equal(source.read("lm_head.weight"), model.lm_head.weight)
 
 
@@ -231,7 +233,10 @@ def test_hub_id_without_network(tmp_path: Path) -> None:
 def test_nan_and_inf_are_named_when_their_block_is_loaded(tmp_path: Path) -> None:
     save_pico(tmp_path, "mixtral")
     tensors = load_file(tmp_path / "model.safetensors")
-    bad = {"model.layers.1.block_sparse_moe.experts.3.w1.weight": float("nan"), "model.layers.2.self_attn.o_proj.weight": float("inf")}
+    bad = {
+        "model.layers.1.block_sparse_moe.experts.3.w1.weight": float("nan"),
+        "model.layers.2.self_attn.o_proj.weight": float("inf"),
+    }
     for name, value in bad.items():
         tensors[name][3, 5] = value
     edit_weights(tmp_path, **tensors)
@@ -257,7 +262,10 @@ def test_opposite_infinities_and_huge_weights(tmp_path: Path, llama: Path) -> No
 def test_tensors_that_do_not_fit(tmp_path: Path, llama: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     refused(edit_weights(copy_of(llama, tmp_path / "a"), **{name: None}), "lacks the tensor", name)
-    refused(edit_weights(copy_of(llama, tmp_path / "b"), **{"model.layers.1.extra.weight": torch.ones(2)}), "model.layers.1.extra.weight")
+    refused(
+        edit_weights(copy_of(llama, tmp_path / "b"), **{"model.layers.1.extra.weight": torch.ones(2)}),
+        "model.layers.1.extra.weight",
+    )
     refused(edit_weights(copy_of(llama, tmp_path / "c"), **{name: torch.ones(79, 48)}), name, "[79, 48]", "[80, 48]")
     refused(edit_config(copy_of(llama, tmp_path / "d"), num_hidden_layers=2), "model.layers.2.")
     refused(edit_config(copy_of(llama, tmp_path / "e"), num_hidden_layers=4), "lacks the tensor", "model.layers.3.")
@@ -266,8 +274,15 @@ def test_tensors_that_do_not_fit(tmp_path: Path, llama: Path) -> None:
 def test_an_expert_that_is_missing_or_misshapen(tmp_path: Path) -> None:
     folder = save_pico(tmp_path / "moe", "mixtral")
     name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
-    refused(edit_weights(copy_of(folder, tmp_path / "a"), **{name: None}), "model.layers.0.mlp.experts.down_proj", "[3, 48, 80]")
-    refused(edit_weights(copy_of(folder, tmp_path / "b"), **{name: torch.ones(48, 79)}), "model.layers.0.mlp.experts.down_proj")
+    refused(
+        edit_weights(copy_of(folder, tmp_path / "a"), **{name: None}),
+        "model.layers.0.mlp.experts.down_proj",
+        "[3, 48, 80]",
+    )
+    refused(
+        edit_weights(copy_of(folder, tmp_path / "b"), **{name: torch.ones(48, 79)}),
+        "model.layers.0.mlp.experts.down_proj",
+    )
 
 
 def test_tables_left_in_old_checkpoints_are_ignored_by_name(tmp_path: Path, llama: Path) -> None:

@@ -25,7 +25,11 @@ def write(path: Path, header: dict[str, Any] | bytes, data: bytes = b"", *, leng
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tensors_read_as_the_safetensors_package_wrote_them(tmp_path: Path, dtype: torch.dtype) -> None:
-    tensors = {"a": torch.arange(15).reshape(3, 5).to(dtype), "b": torch.tensor(1).to(dtype), "c": torch.zeros(0, 4, dtype=dtype)}
+    tensors = {
+        "a": torch.arange(15).reshape(3, 5).to(dtype),
+        "b": torch.tensor(1).to(dtype),
+        "c": torch.zeros(0, 4, dtype=dtype),
+    }
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     infos = list_tensors(tmp_path)
     assert set(infos) == set(tensors)
@@ -123,7 +127,10 @@ def test_shard_missing_from_the_index(tmp_path: Path) -> None:
 
 
 def test_tensor_the_index_does_not_know(tmp_path: Path) -> None:
-    edit_index(sharded(tmp_path), lambda m: m.update(b="model-00001-of-00002.safetensors", c="model-00002-of-00002.safetensors"))
+    edit_index(
+        sharded(tmp_path),
+        lambda m: m.update(b="model-00001-of-00002.safetensors", c="model-00002-of-00002.safetensors"),
+    )
     with pytest.raises(InputError, match="holds the tensor b, but"):
         list_tensors(tmp_path)
 

@@ -92,6 +92,11 @@ def test_overrides_reach_every_depth_in_order() -> None:
     assert recipe.calibration.text == "notes.jsonl:body"
 
 
+def test_the_name_says_what_was_changed() -> None:
+    assert load_recipe("gptq-w4g64", ["bits=2"], calibration="a.txt").name == "gptq-w4g64 bits=2 calibration.text=a.txt"
+    assert load_recipe("gptq-w4g64", ["bits=2", "name=small"]).name == "small"
+
+
 def test_the_calibration_argument_wins_over_an_override() -> None:
     assert load_recipe("rtn-w4g64", ["calibration.text=a.txt"], calibration="b.txt").calibration.text == "b.txt"
 

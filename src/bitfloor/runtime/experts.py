@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfloor.core.errors import BitfloorError
-from bitfloor.modeling.linear import PackedMatrix
+from bitfloor.runtime.linear import PackedMatrix
 
 
 class PackedStack:

@@ -8,8 +8,8 @@ from torch import nn
 
 from bitfloor.core.errors import InputError
 from bitfloor.formats.layout import Layout, NativeConfig
-from bitfloor.modeling.experts import install_stack
-from bitfloor.modeling.linear import PackedLinear, PackedMatrix, TiedHead, convert_embedding
+from bitfloor.runtime.experts import install_stack
+from bitfloor.runtime.linear import PackedLinear, PackedMatrix, TiedHead, convert_embedding
 
 PLAIN_LINEAR = ("FalconLinear",)  # subclasses of nn.Linear whose forward is the same product, written out
 SCALED_EMBEDDING = "ScaledWordEmbedding"  # subclasses of nn.Embedding that scale what super().forward returns

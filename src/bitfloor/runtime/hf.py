@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitfloor.formats.checkpoint import check_tensors, read_checkpoint, read_entries
 from bitfloor.formats.layout import QUANT_METHOD, parse_config
-from bitfloor.modeling.swap import install, packed_parameters
+from bitfloor.runtime.swap import install, packed_parameters
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -13,7 +13,7 @@ from torch import nn
 from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.formats.layout import PARTS
 from bitfloor.formats.native import encode, layout
-from bitfloor.modeling.linear import (
+from bitfloor.runtime.linear import (
     PackedEmbedding,
     PackedLinear,
     PackedMatrix,

@@ -12,8 +12,8 @@ from torch import nn
 from bitfloor.core.errors import BitfloorError
 from bitfloor.core.packed import dequantize
 from bitfloor.formats.native import encode, layout
-from bitfloor.modeling.experts import PackedStack, install_stack
-from bitfloor.modeling.linear import PackedMatrix
+from bitfloor.runtime.experts import PackedStack, install_stack
+from bitfloor.runtime.linear import PackedMatrix
 
 
 class _Experts(nn.Module):

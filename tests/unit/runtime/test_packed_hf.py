@@ -19,9 +19,9 @@ from bitfloor._plugin import register_with_transformers
 from bitfloor.core.errors import InputError
 from bitfloor.formats.checkpoint import read_checkpoint
 from bitfloor.formats.files import open_tensors
-from bitfloor.modeling.hf import load_packed
-from bitfloor.modeling.linear import PackedEmbedding, PackedLinear, TiedHead, cache_weights
-from bitfloor.modeling.swap import refusal
+from bitfloor.runtime.hf import load_packed
+from bitfloor.runtime.linear import PackedEmbedding, PackedLinear, TiedHead, cache_weights
+from bitfloor.runtime.swap import refusal
 
 register_with_transformers()
 

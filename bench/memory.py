@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cost
 import record
 import synthetic
 
@@ -66,10 +67,10 @@ def measure_depth(layers: int, args: argparse.Namespace) -> dict[str, Any]:
     say(f"{layers} layers: building")
     weights = synthetic.build(folder, shape)
     synthetic.write_text(folder, args.sequences, 2 * args.seqlen + 64)
-    environment = record.source_environment()
+    environment = cost.source_environment()
     common = [folder.name, "--recipe", args.recipe, "--calib", f"{folder.name}/{synthetic.CALIBRATION}"]
     said = subprocess.run(
-        record.bitfloor_command("plan", *common, "--json", *overrides_of(args)),
+        cost.bitfloor_command("plan", *common, "--json", *overrides_of(args)),
         cwd=args.work, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if said.returncode:
@@ -79,8 +80,8 @@ def measure_depth(layers: int, args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.repeats):
         say(f"{layers} layers: quantizing")
         out = args.work / f"{folder.name}-quantized"
-        line = record.bitfloor_command("quantize", *common, "--out", out.name, "--no-resume", *overrides_of(args))
-        runs.append(record.measure(line, cwd=args.work, env=environment))
+        line = cost.bitfloor_command("quantize", *common, "--out", out.name, "--no-resume", *overrides_of(args))
+        runs.append(cost.measure(line, cwd=args.work, env=environment))
     if not args.keep:
         shutil.rmtree(folder)
         shutil.rmtree(args.work / f"{folder.name}-quantized")

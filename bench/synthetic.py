@@ -59,9 +59,7 @@ def build(folder: Path, shape: Shape, seed: int = 0) -> int:
         save_file(tensors, folder / name, {"format": "pt"})
         where.update(dict.fromkeys(tensors, name))
         total += sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
-    )
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
     _write_json(folder / "config.json", _config(shape, vocabulary))
     return total
 

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cost
 import record
 
 CALIBRATION = "calib/c4_calibration.txt"
@@ -87,7 +88,7 @@ def is_fresh(path: Path, settings: dict[str, Any], recipe: dict[str, Any] | None
 
 
 def plain_ids_sha256(ids: Any) -> str:
-    """sha256 of token ids as little-endian 64-bit integers, row after row: the form in which the peers' results have it.
+    """sha256 of token ids as little-endian 64-bit integers, row after row, as in the peers' results.
 
     Args:
         ids: integer tensor ``[N, T]``.
@@ -98,6 +99,7 @@ def plain_ids_sha256(ids: Any) -> str:
 def calibration_ids(args: argparse.Namespace) -> dict[str, Any]:
     """Which tokens calibrate, by both hashes in use."""
     import torch
+
     from bitfloor.data.sources import load_text
     from bitfloor.data.tokenize import calibration_batches, token_sha256
     from bitfloor.runtime.load import load_tokenizer
@@ -122,13 +124,14 @@ def calibration_ids(args: argparse.Namespace) -> dict[str, Any]:
 
 def score(model: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Perplexity of one model, packed or float, on every text, and the CPU seconds that took."""
+    from bitfloor.runtime.linear import cache_weights
+
     from bitfloor.data.sources import load_text
     from bitfloor.data.tokenize import evaluation_windows
     from bitfloor.evaluation.perplexity import perplexity
-    from bitfloor.modeling.linear import cache_weights
     from bitfloor.runtime.load import load_model, load_tokenizer
 
-    before = record.cpu_seconds()
+    before = cost.cpu_seconds()
     tokenizer = load_tokenizer(args.model)
     loaded = load_model(model)
     cache_weights(loaded, True)  # the packed weights, decoded once; the products then are torch's own, in float32
@@ -151,7 +154,7 @@ def score(model: Path, args: argparse.Namespace) -> dict[str, Any]:
         }
     del loaded
     gc.collect()
-    return {"perplexity": entries, "evaluation": {"cpu_seconds": round(record.cpu_seconds() - before, 1)}}
+    return {"perplexity": entries, "evaluation": {"cpu_seconds": round(cost.cpu_seconds() - before, 1)}}
 
 
 def quantize(preset: str, out: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -161,14 +164,14 @@ def quantize(preset: str, out: Path, args: argparse.Namespace) -> dict[str, Any]
         shutil.rmtree(out)
     # The text is named relative to its folder: the path is part of the recipe, and of its hash.
     line = ["quantize", args.model.resolve(), "--out", out.resolve(), "--recipe", preset, "--calib", text.name]
-    cost = record.measure(
-        record.bitfloor_command(*line, *overrides_of(args)), cwd=text.parent, env=record.source_environment()
+    spent = cost.measure(
+        cost.bitfloor_command(*line, *overrides_of(args)), cwd=text.parent, env=cost.source_environment()
     )
     report = json.loads((out / "bitfloor.json").read_text("utf-8"))
     sizes = {key: report[key] for key in ("bits_per_linear_weight", "bits_per_parameter", "bytes", "parameters")}
     made_from = {key: report["made_from"][key] for key in ("model", "calibration_tokens", "threads")}
-    del cost["returncode"]
-    return {**sizes, "made_from": made_from, "quantization": cost}
+    del spent["returncode"]
+    return {**sizes, "made_from": made_from, "quantization": spent}
 
 
 def float_sizes(model: Path) -> dict[str, Any]:

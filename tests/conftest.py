@@ -1,10 +1,18 @@
-"""What holds for every test: no network, no colour, and the same number of threads everywhere."""
+"""What holds for every test: no network, no colour, and a cache of its own."""
 
 from __future__ import annotations
 
 import os
 
+import pytest
+
 # Set before anything imports torch or transformers; processes that tests start inherit them.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", NO_COLOR="1")
 for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is read from or written to the user's cache folder."""
+    os.environ["BITFLOOR_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -49,10 +49,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon": {**_LLAMA, "new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": True},
     "falcon_alibi": {**_LLAMA, "model_type": "falcon", "alibi": True, "new_decoder_architecture": False, "bias": True},
     "olmo2": _LLAMA,
-    "gpt2": {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128},
+    "gpt2": {
+        "vocab_size": VOCAB,
+        "n_embd": 48,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_LLAMA, **_EXPERTS, "head_dim": 16, "norm_topk_prob": True},
     "qwen2_moe": {**_LLAMA, **_EXPERTS, "shared_expert_intermediate_size": 32},
+    "llama4_text": {
+        **_LLAMA,
+        "intermediate_size_mlp": 80,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "head_dim": 16,
+    },
     "gpt_oss": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 6},
 }
 

@@ -29,7 +29,6 @@ LEVELS = {
     "recipe": 5,
     "scoring": 5,
     "environment": 5,
-    "environment": 5,
     "api": 6,
     "cli": 7,
     # The package itself is a lazy face of the api; its plug-in names the module that registers with transformers.

@@ -92,7 +92,8 @@ def folder(tmp_path: Path) -> Folder:
         "recipe_name": "mine",
         "recipe": {"seed": 0, "spec": {"bits": 2, "group_size": 32}},
         "kept": {"model.layers.2.down": "the recipe keeps *.down"},
-        "matrices": {"model.layers.2.up": {"block_error": 0.25, "output_error": 0.1, "seconds": 1.5, "note": None}},
+        "matrices": {"model.layers.2.up": {"block_error": 0.25, "output_error": 0.1, "note": None}},
+        "made_from": {"model": "m", "recipe": "r"},
         "bytes": {"total": 5042, "linears": 328 + 394 + 2048, "embeddings": 2144, "other": 128},
     }
     made = Folder(path, report)

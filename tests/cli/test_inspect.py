@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from cli.conftest import Folder, Run
 
+from bitfloor.pipeline.timing import remember
+
 SCHEMA = {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "layers"}
 LAYER = {"name", "shape", "segments", "bytes", "bits_per_weight", "block_error"}
 
@@ -40,6 +42,7 @@ def test_the_json_is_exactly_the_documented_one(run: Run, folder: Folder) -> Non
 
 
 def test_the_table_says_the_same(run: Run, folder: Folder) -> None:
+    remember(folder.report["made_from"], {"model.layers.2.up": 1.5})
     outcome = run("inspect", folder.path)
     assert outcome.code == 0
     rows = {line.split()[0]: line.split() for line in outcome.out.splitlines() if line.strip()}

@@ -42,8 +42,8 @@ def replay(source: SourceModel, batches: list[Tensor], *, quantize: bool, spill:
     """Logits of every batch, with one block in memory at a time."""
     path = source.map.blocks_path
     source.load_outer()
-    runs = capture(source.skeleton, path, batches)
-    stream = Stream(runs.hidden, spill)
+    stream = Stream(folder=spill)
+    runs = capture(source.skeleton, path, batches, stream)
     for k in range(source.map.n_blocks):
         block = source.load_block(k)
         runner = BlockRunner(block, source.map.block_path(k), source.map.block_matrices(k), runs.calls[k])

@@ -18,6 +18,10 @@ from bitfloor.core.spec import MatrixRef
 Groups = list[tuple[str, ...]]
 
 
+class Prepared(dict[str, Tensor]):
+    """Overrides turned into parameters once, for many forwards; made by `BlockRunner.prepare`."""
+
+
 class BlockRunner:
     """An untouched decoder block with the call arguments captured for it.
 
@@ -68,7 +72,7 @@ class BlockRunner:
         Args:
             x: hidden states ``[B, T, D]``; moved to the block's device.
             batch: which captured arguments to use.
-            overrides: public name -> weight ``[O, I]`` to use instead of the block's own.
+            overrides: public name -> weight ``[O, I]`` to use instead of the block's own, or what `prepare` made of it.
 
         Returns:
             hidden states ``[B, T, D]``.
@@ -77,6 +81,14 @@ class BlockRunner:
             BitfloorError: an unknown name, a wrong shape, or a block that returns no hidden state.
         """
         return self._run(x, batch, self._replacements(overrides or {}))
+
+    def prepare(self, overrides: Mapping[str, Tensor]) -> Prepared:
+        """Turn overrides into parameters once; the result can be given wherever overrides are taken.
+
+        Worth it where experts are overridden: putting 128 of them back into their stack copies gigabytes each time.
+        Later changes of the override tensors are not seen where a copy had to be made.
+        """
+        return self._replacements(overrides)
 
     def observe(
         self,
@@ -200,9 +212,11 @@ class BlockRunner:
             )
         return hidden
 
-    def _replacements(self, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _replacements(self, overrides: Mapping[str, Tensor]) -> Prepared:
         """Overrides as the parameters they live in: transposed where stored so, experts put back into their stack."""
-        made: dict[str, Tensor] = {}
+        if isinstance(overrides, Prepared):
+            return overrides
+        made = Prepared()
         stacks: dict[str, dict[int, Tensor]] = {}
         for name, weight in overrides.items():
             ref = self.ref(name)

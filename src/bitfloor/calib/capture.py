@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitfloor.calib.streams import Stream
 from bitfloor.core.errors import BitfloorError, InputError
 
 _HIDDEN_NAMES = ("hidden_states", "hidden_state", "x", "inputs_embeds")
@@ -52,7 +53,7 @@ class Capture:
         calls: per block, per batch, the other arguments; equal tensors are stored once.
     """
 
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: Stream = field(default_factory=Stream)
     calls: list[list[Call]] = field(default_factory=list)
 
 
@@ -75,13 +76,14 @@ class _Recorder(nn.Module):
         return self._note(hidden, call)
 
 
-def capture(model: nn.Module, blocks_path: str, batches: Sequence[Tensor]) -> Capture:
+def capture(model: nn.Module, blocks_path: str, batches: Sequence[Tensor], hidden: Stream | None = None) -> Capture:
     """Record what every block is called with.
 
     Args:
         model: the causal language model, outer modules loaded, blocks may be on meta; it is left as it was.
         blocks_path: the ``ModuleList`` of blocks.
         batches: token ids, each int64 ``[B, T]``, unpadded, on the model's device.
+        hidden: an empty stream for the first block's inputs, to have them spilled as they are made; None = in memory.
 
     Returns:
         the first block's inputs and every block's other arguments.
@@ -89,13 +91,13 @@ def capture(model: nn.Module, blocks_path: str, batches: Sequence[Tensor]) -> Ca
     Raises:
         InputError: the model's blocks exchange data in a way that cannot be replayed block by block.
     """
-    result = Capture()
+    result = Capture(hidden=Stream() if hidden is None else hidden)
     store = _Store()
     as_tuple = _probe(model, blocks_path, batches[0]) if batches else False
     with torch.no_grad():
         for batch in batches:
             seen = _pass(model, blocks_path, batch, lambda h: h, as_tuple)
-            result.hidden.append(seen[0][0].detach())
+            result.hidden.append(seen[0][0])
             if not result.calls:
                 result.calls = [[] for _ in seen]
             for k, (_, call) in enumerate(seen):
@@ -150,7 +152,7 @@ def _pass(
 
     with torch.no_grad(), _replaced(blocks, note):
         output = _base(model, path)(input_ids=batch, use_cache=False)
-    last = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
+    last = output if isinstance(output, Tensor) else output[0]  # hidden state or, where there is no base model, logits
     if not isinstance(last, Tensor) or last.shape[:2] != batch.shape:
         raise _NotChained(len(blocks))
     if len(seen) != len(blocks):

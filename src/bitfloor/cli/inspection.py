@@ -1,7 +1,8 @@
 """What ``bitfloor inspect`` knows of a folder: from its headers, its config and its report, without torch.
 
-Sizes are those of the files, read from the safetensors headers; the errors and times come from the report that the run
-left behind (``bitfloor.json``). Where the two describe the same thing they must agree.
+Sizes are those of the files, read from the safetensors headers; the errors come from the report that the run left
+behind (``bitfloor.json``). Where the two describe the same thing they must agree. Times are not part of a checkpoint:
+they are shown on the machine that made it.
 """
 
 from __future__ import annotations

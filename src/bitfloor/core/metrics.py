@@ -25,4 +25,4 @@ def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> floa
     difference = approximation.float() - weight.float()
     above = float(((difference @ hessian) * difference).sum(dtype=torch.float64))
     below = float(((weight.float() @ hessian) * weight.float()).sum(dtype=torch.float64))
-    return max(above, 0.0) / below if below > 0 else 0.0
+    return 0.0 if below <= 0 else max(above, 0.0) / below  # NaN stays NaN

@@ -21,7 +21,7 @@ class Need(Enum):
 
     INPUTS = "inputs"  # the block's inputs as the quantized model produces them, with its call arguments
     TARGETS = "targets"  # the block's outputs in the float model
-    HESSIAN = "hessian"  # X^T X of each input group (peak memory: the largest of them)
+    HESSIAN = "hessian"  # X^T X of each input group; those of one stage (all experts of a layer) are alive at once
     GRADIENTS = "gradients"  # back-propagation through the block
 
 

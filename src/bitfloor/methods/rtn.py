@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitfloor.calib.stats import MomentSum
 from bitfloor.core.affine import decode, encode, pack
+from bitfloor.core.errors import BitfloorError
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need, stages
 from bitfloor.methods.options import RtnConfig
@@ -60,6 +61,11 @@ class Rtn:
             sums.update(dict.fromkeys(group, MomentSum(weight.shape[1], weight.device)))
             leaders.append(group[0])
         block.observe(inputs, lambda name, x: sums[name].add(x), leaders)
+        for name in leaders:
+            if not bool(torch.isfinite(sums[name].total).all()):
+                raise BitfloorError(
+                    f"the calibration activations that enter {name} hold NaN or infinite values; check the model."
+                )
         return sums
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bitfloor.core.errors import BitfloorError, InputError
+from bitfloor.modeling.accounting import check_accounting
 from bitfloor.modeling.discover import ModelMap, describe
 from bitfloor.modeling.heap import trim_heap
 from bitfloor.modeling.locate import locate
@@ -289,27 +290,9 @@ class SourceModel:
         Raises:
             BitfloorError: a tensor that is missing or counted twice, or an expert stack quantized only in part.
         """
-        refs = [*self.map.matrices, *(r for r in (self.map.embedding, self.map.head) if r is not None)]
-        done = set(quantized)
-        whole: dict[str, list[bool]] = {}
-        for ref in refs:
-            whole.setdefault(ref.param, []).append(ref.name in done)
-        unknown = done - {ref.name for ref in refs}
-        keeps, ties = set(kept), {n if n in self._tied else f"{n}.weight" for n in tied}
-        if unknown:
-            raise BitfloorError(f"{sorted(unknown)[0]} was quantized but is no matrix of the model.")
-        for info in self.tensors.values():
-            for target in info.targets:
-                ways = [all(whole.get(target, [False])), target in keeps, target in ties]
-                if sum(ways) != 1 or (any(whole.get(target, [])) and not ways[0]):
-                    how = (
-                        "neither quantized nor kept nor tied"
-                        if not any(ways)
-                        else "only partly accounted for, or twice"
-                    )
-                    raise BitfloorError(
-                        f"the source tensor {info.name} ({target}) is {how}; nothing is dropped silently."
-                    )
+        done, keeps = set(quantized), set(kept)
+        ties = {name if name in self._tied else f"{name}.weight" for name in tied}
+        check_accounting(self.map, self.tensors.values(), done, keeps, ties)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies with the model.

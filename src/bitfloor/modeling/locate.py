@@ -13,7 +13,15 @@ from bitfloor.modeling.gguf import gguf_to_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Weights, configuration and tokenizer; never pickles, never code.
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+_WANTED = [
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "tokenizer.model",
+    "*.tiktoken",
+]
 
 
 def locate(source: str | os.PathLike[str], *, cache_dir: Path | None = None, remote_code: bool = False) -> Path:

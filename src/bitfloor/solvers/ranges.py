@@ -22,7 +22,7 @@ from bitfloor.core.errors import InputError
 from bitfloor.core.spec import BITS, QuantSpec
 
 CHUNK = 1 << 19  # weights treated at once: the working set of the search then stays within a few megabytes
-COARSE = (1.0, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57, 0.5, 0.42, 0.34)
+COARSE = (1.0, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57, 0.5, 0.42, 0.34, 0.25, 0.17)
 ROUNDS = 4
 
 

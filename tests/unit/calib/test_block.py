@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,7 @@ from bitfloor.core.spec import MatrixRef
 from bitfloor.modeling.discover import describe
 
 
-def first_block(
-    name: str, batches: list[Tensor] | None = None, k: int = 0, **changes: Any
-) -> tuple[BlockRunner, list[Tensor]]:
+def first_block(name: str, batches: list[Tensor] | None = None, k: int = 0, **changes: Any) -> tuple[BlockRunner, Any]:
     """Runner of block ``k`` of a pico model, and inputs for it (the model's own for block 0)."""
     model = pico_model(name, **changes).requires_grad_(False)
     parts = describe(model)
@@ -70,6 +69,18 @@ def test_overrides_equal_copied_weights_bit_for_bit(name: str) -> None:
     assert torch.equal(replaced, copied) and not torch.equal(plain, copied)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_prepared_overrides_are_the_same_overrides(name: str) -> None:
+    runner, xs = first_block(name)
+    overrides = {n: rounded(runner.weight(n)) for n in runner.names}
+    prepared = runner.prepare(overrides)
+    with torch.no_grad():
+        assert torch.equal(runner.forward(xs[0], 0, prepared), runner.forward(xs[0], 0, overrides))
+    names = [runner.names[-1]]
+    seen, again = collect(runner, xs, names, overrides=prepared), collect(runner, xs, names, overrides=overrides)
+    assert all(torch.equal(a, b) for a, b in zip(seen[names[0]], again[names[0]], strict=True))
+
+
 def test_one_expert_can_be_replaced_alone() -> None:
     runner, xs = first_block("mixtral")
     name = "model.layers.0.mlp.experts.2.down_proj"
@@ -107,7 +118,7 @@ def test_a_block_that_returns_no_hidden_state() -> None:
 # -- observation -------------------------------------------------------------------------------------------------------
 
 
-def collect(runner: BlockRunner, xs: list[Tensor], names: list[str], **kwargs: Any) -> dict[str, list[Tensor]]:
+def collect(runner: BlockRunner, xs: Iterable[Tensor], names: list[str], **kwargs: Any) -> dict[str, list[Tensor]]:
     seen: dict[str, list[Tensor]] = defaultdict(list)
     runner.observe(xs, lambda n, x: seen[n].append(x), names, **kwargs)
     return seen
@@ -159,7 +170,7 @@ def test_experts_see_the_tokens_routed_to_them(name: str) -> None:
     runner, xs = first_block(name)
     prefix = "model.layers.0.mlp.experts"
     for _ in range(2):
-        seen = collect(runner, xs[:1], [n for n in runner.names if "experts" in n])
+        seen = collect(runner, [xs[0]], [n for n in runner.names if "experts" in n])
         truth = expert_truth(runner, xs[0], 0)
         assert truth
         for e in range(4):
@@ -174,7 +185,7 @@ def test_experts_see_the_tokens_routed_to_them(name: str) -> None:
 def test_down_inputs_of_an_expert_follow_from_its_gate_up_inputs() -> None:
     runner, xs = first_block("mixtral")
     name = "model.layers.0.mlp.experts.1"
-    seen = collect(runner, xs[:1], [f"{name}.gate_up_proj", f"{name}.down_proj"])
+    seen = collect(runner, [xs[0]], [f"{name}.gate_up_proj", f"{name}.down_proj"])
     gate, up = F.linear(seen[f"{name}.gate_up_proj"][0], runner.weight(f"{name}.gate_up_proj")).chunk(2, dim=-1)
     assert torch.equal(F.silu(gate) * up, seen[f"{name}.down_proj"][0])
 
@@ -187,9 +198,9 @@ def test_observation_runs_with_overrides() -> None:
         runner, xs = first_block(name)
         zero = {f"model.layers.0.{feeder}": torch.zeros(runner.ref(f"model.layers.0.{feeder}").shape)}
         for _ in range(2):
-            seen = collect(runner, xs[:1], [f"model.layers.0.{fed}"], overrides=zero)
+            seen = collect(runner, [xs[0]], [f"model.layers.0.{fed}"], overrides=zero)
             assert all(not x.any() for x in seen[f"model.layers.0.{fed}"]) and seen
-        assert any(x.any() for x in collect(runner, xs[:1], [f"model.layers.0.{fed}"])[f"model.layers.0.{fed}"])
+        assert any(x.any() for x in collect(runner, [xs[0]], [f"model.layers.0.{fed}"])[f"model.layers.0.{fed}"])
 
 
 def test_a_forward_ends_once_everything_was_seen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pico import pico_model, token_batches
 from torch import Tensor, nn
 
 from bitfloor.calib.capture import Call, capture, run_tail
+from bitfloor.calib.streams import Stream
 from bitfloor.core.errors import InputError
 
 
@@ -64,7 +66,15 @@ def test_the_model_is_left_as_it_was_after_a_failure() -> None:
 
 def test_no_batches_no_calls() -> None:
     runs = capture(pico_model("llama"), "model.layers", [])
-    assert runs.hidden == [] and runs.calls == []
+    assert len(runs.hidden) == 0 and runs.calls == []
+
+
+def test_hidden_states_go_straight_to_files(tmp_path: Path) -> None:
+    batches = token_batches(2)
+    spilled = Stream(folder=tmp_path)
+    runs = capture(pico_model("llama"), "model.layers", batches, spilled)
+    assert runs.hidden is spilled and len(list(tmp_path.iterdir())) == 2
+    assert torch.equal(spilled[1], capture(pico_model("llama"), "model.layers", batches).hidden[1])
 
 
 def test_block_weights_are_not_needed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -46,3 +48,10 @@ def test_output_error_does_not_depend_on_the_scale_of_the_hessian_and_ignores_de
 def test_output_error_is_never_negative_and_finite_on_a_matrix_of_zeros() -> None:
     assert output_error(torch.zeros(2, 3), torch.zeros(2, 3), torch.eye(3)) == 0.0
     assert output_error(torch.ones(2, 3), torch.zeros(2, 3), -1e-9 * torch.eye(3)) == 0.0
+
+
+def test_an_error_that_is_not_a_number_is_not_reported_as_none() -> None:
+    hessian = torch.eye(3)
+    hessian[0, 0] = float("nan")
+    assert math.isnan(output_error(torch.ones(2, 3), torch.zeros(2, 3), hessian))
+    assert relative_error(torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])) != 0.0

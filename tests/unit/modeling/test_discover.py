@@ -13,7 +13,7 @@ from bitfloor.core.errors import InputError
 from bitfloor.modeling.discover import ModelMap, describe, find_blocks
 from bitfloor.modeling.skeleton import build_skeleton
 
-# Matrices per block: attention, then feed-forward (4 experts x 2, and in qwen2_moe 3 of a shared expert).
+# Matrices per block: attention, then feed-forward (4 experts x 2, and in two of them 3 of a shared expert).
 PATHS = {
     "llama": ("model.layers", 7),
     "llama_tied": ("model.layers", 7),
@@ -33,6 +33,7 @@ PATHS = {
     "qwen3_moe": ("model.layers", 4 + 8),
     "qwen2_moe": ("model.layers", 4 + 3 + 8),
     "gpt_oss": ("model.layers", 4 + 8),
+    "llama4_text": ("model.layers", 4 + 3 + 8),
 }
 
 

@@ -1,0 +1,78 @@
+"""What a program costs: its CPU seconds and its peak resident memory, measured from outside.
+
+Run as a program, ``python cost.py COMMAND ...`` prints a JSON line with the command's exit status, peak resident
+memory, CPU seconds and wall-clock seconds. It is a process of its own for a reason, see :func:`measure`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import record
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process, its threads and its finished children."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def measure(arguments: Sequence[str | os.PathLike[str]], **options: Any) -> dict[str, Any]:
+    """Run a program and say what it cost: ``returncode``, ``peak_rss_bytes``, ``cpu_seconds``, ``wall_seconds``.
+
+    Linux hands the peak of the process that forks to the one it starts (the mark survives ``exec``): a parent that
+    holds a model would report its own peak as the child's. So a small process stands between, this file as a program.
+
+    Args:
+        arguments: the command.
+        options: for ``subprocess.run``: ``cwd``, ``env``.
+
+    Raises:
+        SystemExit: the program failed; the last lines it said are in the message.
+    """
+    between = [sys.executable, "-S", str(Path(__file__).resolve()), *map(os.fspath, arguments)]
+    done = subprocess.run(between, capture_output=True, text=True, check=False, **options)
+    if done.returncode:
+        raise SystemExit(f"measuring failed:\n{done.stderr[-2000:]}")
+    cost: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if cost["returncode"]:
+        last = "\n".join(done.stderr.splitlines()[-15:])
+        raise SystemExit(f"{' '.join(record.command(list(map(os.fspath, arguments))))} failed:\n{last}")
+    return cost
+
+
+def bitfloor_command(*arguments: str | os.PathLike[str]) -> list[str]:
+    """The command line program with the interpreter that runs now, whether installed or from the source tree."""
+    start = "from bitfloor.cli.main import run; run()"
+    return [sys.executable, "-c", start, *map(os.fspath, arguments)]
+
+
+def source_environment(**changes: str) -> dict[str, str]:
+    """The environment for a child that must find this package."""
+    path = os.pathsep.join(filter(None, [str(record.ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **changes}
+
+
+def _stand_between(arguments: Sequence[str]) -> None:
+    began = time.perf_counter()
+    child = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    cost = {
+        "returncode": os.waitstatus_to_exitcode(status),
+        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
+        "wall_seconds": round(time.perf_counter() - began, 2),
+    }
+    sys.stdout.write(json.dumps(cost) + "\n")
+
+
+if __name__ == "__main__":
+    _stand_between(sys.argv[1:])

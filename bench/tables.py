@@ -1,0 +1,261 @@
+"""Put the measured numbers into README.md, and refuse numbers that no longer describe the code.
+
+    python bench/tables.py           rewrite what stands between the markers
+    python bench/tables.py --check   exit 1 if that would change anything, or if a result is stale
+
+A table stands between ``<!-- table:NAME -->`` and ``<!-- /table:NAME -->``; ``--list`` names the tables there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import record
+
+MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
+NAMES = {"wiki": "WikiText-2", "c4": "C4"}
+FLOAT_EMBEDDING = 16
+
+Results = dict[str, dict[str, Any]]
+
+
+# -- cells ------------------------------------------------------------------------------------------------------------
+
+
+def perplexity_cell(value: float) -> str:
+    """Four significant digits or so; numbers of a broken model need fewer."""
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def difference_cell(found: Mapping[str, Any] | None) -> str:
+    """``+0.123 [+0.110, +0.136]`` nats a token, or a dash."""
+    if found is None:
+        return "-"
+    text = f"{found['delta_nll']:+.3f}"
+    if found["ci95"] is None:
+        return text
+    low, high = found["ci95"]
+    return f"{text} [{low:+.3f}, {high:+.3f}]"
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def yardstick(results: Results) -> str:
+    """Every preset with the embedding left at 16 bits, as the peers leave it."""
+    return _yardstick(results, lambda bits: bits == FLOAT_EMBEDDING)
+
+
+def shipped(results: Results) -> str:
+    """Every preset as it is shipped, the embedding quantized too."""
+    return _yardstick(results, lambda bits: bits != FLOAT_EMBEDDING)
+
+
+def _yardstick(results: Results, wanted: Callable[[int], bool]) -> str:
+    import compare
+
+    models = {key.split("/", 1)[1]: content for key, content in results.items() if key.startswith("yardstick/")}
+    exact = models.pop("float", None)
+    base = compare.our_scores(exact) if exact else {}
+    chosen = sorted(
+        (content for content in models.values() if wanted(content["embedding_bits"])),
+        key=lambda content: (-content["bits_per_linear_weight"], content["name"]),
+    )
+    texts = list(NAMES)
+    headings = ["method", "bits per linear weight", "bits per parameter", "size"]
+    for text in texts:
+        headings += [f"{NAMES[text]} perplexity", "Δ nats/token to float [95%]"]
+    rows = []
+    for content in [*([exact] if exact else []), *chosen]:
+        scores = compare.our_scores(content)
+        row = [
+            content["name"],
+            f"{content['bits_per_linear_weight']:.2f}",
+            f"{content['bits_per_parameter']:.2f}",
+            f"{content['bytes']['total'] / 1e6:.1f} MB",
+        ]
+        for text in texts:
+            versus = compare.difference(scores[text], base[text]) if base and content is not exact else None
+            row += [perplexity_cell(scores[text].value), difference_cell(versus)]
+        cost = content.get("quantization")
+        rows.append([*row, f"{cost['cpu_seconds']:.0f}" if cost else "-"])
+    return markdown([*headings, "CPU-seconds"], rows)
+
+
+def peers(results: Results) -> str:
+    """GPTQ here against every setting of the peer."""
+    rows = []
+    for row in _comparison(results)["peers"]:
+        rows.append(
+            [
+                f"W{row['bits']} {NAMES[row['text']]}",
+                perplexity_cell(row["our_ppl"]),
+                row["peer_tool"] + (" (strongest)" if row["strongest"] else ""),
+                settings_cell(row["peer_settings"]),
+                perplexity_cell(row["peer_ppl"]),
+                difference_cell(row),
+                "yes" if row["not_worse"] else "not shown",
+            ]
+        )
+    headings = ["", "bitfloor", "peer", "its settings", "its perplexity", "Δ nats/token, ours minus its [95%]"]
+    return markdown([*headings, "not worse"], rows)
+
+
+def settings_cell(settings: Mapping[str, Any]) -> str:
+    """The settings of GPTQModel that were not left off, in a few words."""
+    words = ["sym" if settings.get("sym") else "asym"]
+    words += [name for name in ("desc_act", "act_group_aware", "static_groups") if settings.get(name)]
+    for name in ("mse", "gptaq_alpha", "damp_percent"):
+        if settings.get(name):
+            words.append(f"{name}={settings[name]:g}")
+    return ", ".join(words)
+
+
+def ranges(results: Results) -> str:
+    """Searched ranges against minimum and maximum, both rounded to nearest."""
+    rows = [
+        [
+            f"W{row['bits']} {NAMES[row['text']]}",
+            perplexity_cell(row["minmax_ppl"]),
+            perplexity_cell(row["search_ppl"]),
+            f"{row['percent_below']:.1f}%",
+            difference_cell(row),
+        ]
+        for row in _comparison(results)["range_search"]
+    ]
+    return markdown(["", "min-max", "searched", "lower by", "Δ nats/token [95%]"], rows)
+
+
+def memory(results: Results) -> str:
+    """Peak memory by depth, and what was predicted."""
+    rows = [
+        [
+            f"{model['layers']} layers",
+            f"{model['checkpoint_bytes'] / 1e9:.2f} GB",
+            f"{model['peak_rss_bytes'] / 1e9:.2f} GB",
+            f"{model['planned_bytes'] / 1e9:.2f} GB",
+            f"{model['planned_bytes'] / model['peak_rss_bytes'] - 1:+.1%}",
+        ]
+        for model in _needed(results, "memory")["models"]
+    ]
+    return markdown(["", "checkpoint", "peak memory of quantizing it", "`plan` said", "error"], rows)
+
+
+def determinism(results: Results) -> str:
+    """Kills and what came of them."""
+    found = _needed(results, "determinism")
+    kills = found["kill_trials"]
+    stages = ", ".join(f"{count} {stage}" for stage, count in sorted(kills["landed"]["by_stage"].items()))
+    rows = [
+        [f"two runs, {threads} thread(s)", "same bytes" if pair["same"] else "**different**"]
+        for threads, pair in found["runs"].items()
+    ]
+    bad = kills["sequences_with_other_bytes"]
+    outcome = "same bytes" if not bad else f"**{bad} of {kills['sequences']} different**"
+    where = f"{stages}; {kills['landed']['inside_a_write']} inside a write"
+    rows.append([f"{kills['kills']} kills in {kills['sequences']} runs ({where})", outcome])
+    return markdown(["", "outcome"], rows)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "yardstick": yardstick,
+    "shipped": shipped,
+    "peers": peers,
+    "ranges": ranges,
+    "memory": memory,
+    "determinism": determinism,
+}
+
+
+def _comparison(results: Results) -> dict[str, Any]:
+    return _needed(results, "comparison")
+
+
+def _needed(results: Results, name: str) -> dict[str, Any]:
+    if name not in results:
+        raise SystemExit(f"bench/results/{name}.json is missing; docs/measuring.md says how it is made")
+    return results[name]
+
+
+# -- the document -----------------------------------------------------------------------------------------------------
+
+
+def load_results(folder: Path) -> Results:
+    """Every result by its path below the folder without suffix: ``yardstick/gptq-w2g64``."""
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): record.read_result(path)
+        for path in sorted(folder.rglob("*.json"))
+    }
+
+
+def render(text: str, results: Results) -> str:
+    """The document with every marked table made anew.
+
+    Raises:
+        SystemExit: an unknown table, a marker without its end, or no marker at all.
+    """
+    opened = re.findall(r"<!-- table:([\w-]+) -->", text)
+    closed = [match["name"] for match in MARKED.finditer(text)]
+    if opened != closed:
+        raise SystemExit(f"the table markers do not match: {', '.join(opened)} are opened, {', '.join(closed)} closed")
+    unknown = [name for name in opened if name not in TABLES]
+    if unknown or not opened:
+        raise SystemExit(f"{unknown[0]!r} is no table" if unknown else "there is no table marker in the document")
+    return MARKED.sub(lambda match: match[1] + TABLES[match["name"]](results) + match[4], text)
+
+
+def stale_results(folder: Path) -> list[str]:
+    """Sentences about results that no longer describe the code."""
+    found = []
+    for path in sorted(folder.rglob("*.json")):
+        reason = record.stale(path)
+        if reason:
+            found.append(f"{path.relative_to(folder).as_posix()} is stale: {reason}")
+    comparison = folder / "comparison.json"
+    if comparison.is_file():
+        there = {
+            p.relative_to(folder).as_posix() for part in ("yardstick", "peers") for p in (folder / part).glob("*.json")
+        }
+        new = sorted(there - set(record.read_result(comparison)["inputs"]))
+        if new:
+            found.append(f"comparison.json is stale: {new[0]} came after it; run python bench/compare.py")
+    return found
+
+
+def main() -> None:
+    """Render or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
+    parser.add_argument("--list", action="store_true", help="name the tables and stop")
+    parser.add_argument("--file", type=Path, default=record.ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=record.RESULTS)
+    args = parser.parse_args()
+    if args.list:
+        sys.stdout.write("".join(f"{name}: {make.__doc__}\n" for name, make in TABLES.items()))
+        return
+    complaints = stale_results(args.results)
+    text = args.file.read_text("utf-8")
+    made = render(text, load_results(args.results))
+    if made != text:
+        complaints.append(f"{args.file.name} is not what the results give; run python bench/tables.py")
+        if not args.check:
+            args.file.write_text(made, "utf-8")
+            complaints.pop()
+    for complaint in complaints:
+        sys.stderr.write(complaint + "\n")
+    sys.exit(1 if complaints else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -168,13 +168,20 @@ def legend(names: Sequence[str], colours: Mapping[str, str]) -> list[str]:
     return out
 
 
+def extent(results: Mapping[str, Mapping[str, Any]], text: str) -> str:
+    """How much was scored, as the end of a title; empty when results of different amounts are mixed."""
+    scored = [content["perplexity"][text] for key, content in results.items() if key.startswith("yardstick/")]
+    amounts = {(entry["windows"], entry["seqlen"]) for entry in scored}
+    return "".join(f", {windows} windows of {seqlen:,} tokens" for windows, seqlen in amounts if len(amounts) == 1)
+
+
 def draw(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The whole figure.
 
     Raises:
         SystemExit: there is nothing to draw.
     """
-    panels = [(f"{label}, 20 windows of 2,048", *series(results, text)) for text, label in tables.NAMES.items()]
+    panels = [(label + extent(results, text), *series(results, text)) for text, label in tables.NAMES.items()]
     names = list(dict.fromkeys(line.name for _, lines, _ in panels for line in lines))
     if not names:
         raise SystemExit("there are no results to draw; run bench/yardstick.py")

@@ -124,11 +124,10 @@ def calibration_ids(args: argparse.Namespace) -> dict[str, Any]:
 
 def score(model: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Perplexity of one model, packed or float, on every text, and the CPU seconds that took."""
-    from bitfloor.runtime.linear import cache_weights
-
     from bitfloor.data.sources import load_text
     from bitfloor.data.tokenize import evaluation_windows
     from bitfloor.evaluation.perplexity import perplexity
+    from bitfloor.runtime.linear import cache_weights
     from bitfloor.runtime.load import load_model, load_tokenizer
 
     before = cost.cpu_seconds()

@@ -21,7 +21,8 @@ from bitfloor.data.offline import default_documents
 END = "<|end|>"
 VOCABULARY = 257  # the 256 bytes and END: an odd number of rows, so the last tile of the embedding is short
 CONTEXT = 256
-STEPS, BATCH, LENGTH = 300, 16, 64
+STEPS, BATCH, LENGTH = 300, 12, 64
+RATE = 1e-2
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -39,10 +40,11 @@ def trained_config() -> LlamaConfig:
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=176,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
+        initializer_range=0.1,  # the usual 0.02 takes twice as many steps at this width
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=256,
@@ -59,15 +61,15 @@ def train_llama(seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(trained_config())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         for step in range(STEPS):
-            rate = min(1.0, (step + 1) / 20) * (1 - step / STEPS)
-            optimizer.param_groups[0]["lr"] = 4e-3 * rate
+            optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 20) * (1 - step / STEPS)
             batch = windows[torch.randint(len(windows), (BATCH,))]
             logits = model(input_ids=batch, use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
     return model.eval().requires_grad_(False)
 

@@ -33,7 +33,7 @@ from bitfloor.recipe.method_options import build_config
 from bitfloor.recipe.schema import Recipe
 from bitfloor.runtime.hf import load_packed
 from bitfloor.runtime.linear import cache_weights
-from bitfloor.runtime.load import load_tokenizer
+from bitfloor.runtime.load import load_model, load_tokenizer
 
 AnyPath = str | os.PathLike[str]
 AnyRecipe = AnyPath | Mapping[str, Any]
@@ -188,12 +188,18 @@ def export(folder: AnyPath, out: AnyPath, *, format: str = "dense") -> dict[str,
 
 
 def generate(
-    folder: AnyPath, prompt: str, *, max_new_tokens: int = 64, device: str = "cpu", chat: bool = False
+    folder: AnyPath,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    device: str = "cpu",
+    chat: bool = False,
+    trust_remote_code: bool = False,
 ) -> str:
-    """Continue a prompt greedily with a packed model.
+    """Continue a prompt greedily with a packed model, or with a float one for comparison.
 
     Args:
-        folder: a bitfloor checkpoint.
+        folder: a bitfloor checkpoint; a float folder, hub id or ``.gguf`` file is read too.
         prompt: the text to continue.
         max_new_tokens: at most so many.
         device: ``"cpu"`` or ``"cuda"``.
@@ -205,10 +211,12 @@ def generate(
     Raises:
         InputError: not a bitfloor checkpoint, or a prompt longer than the model's context.
     """
-    model = load(folder, device=device, dtype=torch.float32 if torch.device(device).type == "cpu" else None)
+    check_device(device)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    model = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     # Until the packed kernels exist, a step would unpack every matrix anew; the float copy is made on first use.
     cache_weights(model, True)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return generate_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat).text
 
 
@@ -224,16 +232,16 @@ def make_job(recipe: Recipe, source: SourceModel) -> Job:
     return Job(
         method=METHODS[recipe.method.name](build_config(recipe.method, recipe.name)),
         decide=recipe.decide,
-        embedding=_end_spec(recipe.embedding.bits, recipe.embedding.group_size),
-        head=_end_spec(head.bits or 16, head.group_size),
+        embedding=_end_spec(recipe.embedding.bits, recipe.embedding.group_size, recipe),
+        head=_end_spec(head.bits or 16, head.group_size, recipe),
         recipe=recipe.content(),
         recipe_name=recipe.name,
         recipe_sha256=recipe.sha256(),
     )
 
 
-def _end_spec(bits: int, group_size: int) -> QuantSpec | None:
-    return None if bits == 16 else QuantSpec(bits, group_size)
+def _end_spec(bits: int, group_size: int, recipe: Recipe) -> QuantSpec | None:
+    return None if bits == 16 else QuantSpec(bits, group_size, scale_dtype=recipe.spec.scale_dtype)
 
 
 def _plan_data(recipe: Recipe, job: Job) -> tuple[int, int, int] | None:

@@ -126,7 +126,7 @@ def _block_matrices(
             why = _kept_reason(local, module, pname, param.dim(), experts)
             if why is not None:
                 reasons[full] = why
-            elif isinstance(module, nn.Linear) and pname == "weight" and _plain(module):
+            elif isinstance(module, nn.Linear) and pname == "weight" and is_plain_linear(module):
                 yield MatrixRef(path, full, (param.shape[0], param.shape[1]), k, "linear")
             elif isinstance(module, Conv1D) and pname == "weight":
                 yield MatrixRef(path, full, (param.shape[1], param.shape[0]), k, "conv1d", transposed=True)
@@ -140,7 +140,7 @@ def _block_matrices(
                 )
 
 
-def _plain(module: nn.Linear) -> bool:
+def is_plain_linear(module: nn.Linear) -> bool:
     """A subclass may do anything with its weight; only those known to compute the plain product can be replaced."""
     return type(module).forward is nn.Linear.forward or type(module).__name__ in _PLAIN_LINEARS
 

@@ -12,6 +12,7 @@ from bitfloor.formats.atomic import atomic_file, make_folder, read_json, storage
 from bitfloor.pipeline.journal import FOLDER
 
 REPORT = "bitfloor.json"
+PROBE = ".bitfloor-probe"
 # Files of a Hugging Face folder that are not weights and not code, copied as they are.
 COMPANIONS = (
     "generation_config.json",
@@ -48,9 +49,10 @@ def prepare(out: Path, *, resume: bool) -> dict[str, Any] | None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give a folder for the quantized model.")
     try:
-        entries = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        names = sorted(path.name for path in out.iterdir()) if out.exists() else []
     except OSError as error:
         raise storage_error(error, out) from error
+    entries = [name for name in names if not name.startswith(PROBE)]  # left behind by a run killed while probing
     report = finished_report(out)
     ours = FOLDER in entries or report is not None
     if entries and not ours:
@@ -58,9 +60,9 @@ def prepare(out: Path, *, resume: bool) -> dict[str, Any] | None:
             f"{out} is not empty (it holds {entries[0]!r}) and is not a bitfloor run; choose a new or empty folder."
         )
     make_folder(out)
-    with atomic_file(out / ".bitfloor-probe") as file:
+    with atomic_file(out / PROBE) as file:
         file.write(b"")
-    (out / ".bitfloor-probe").unlink()
+    (out / PROBE).unlink()
     return report if resume else None
 
 

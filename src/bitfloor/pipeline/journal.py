@@ -75,6 +75,8 @@ class Journal:
                     "Repeat the original command to resume it, or add --no-resume to start over."
                 )
             return
+        if self.folder.exists():  # parts without run.json: killed while removing a journal, of what run is not known
+            shutil.rmtree(self.folder)
         make_folder(self.folder)
         write_json(run, self.fingerprint)
 
@@ -120,4 +122,11 @@ def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between two fingerprints, as a phrase; empty when nothing does."""
     keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    return "; ".join(f"{key.replace('_', ' ')} was {old.get(key)!r} and is now {new.get(key)!r}" for key in keys)
+    return "; ".join(
+        f"{key.replace('_', ' ')} was {_shown(old.get(key))} and is now {_shown(new.get(key))}" for key in keys
+    )
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 else text  # a hash is recognised by its beginning

@@ -13,7 +13,7 @@ from bitfloor.methods.base import Need
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.ends import ROWS
 from bitfloor.pipeline.job import Assignment, Job, assign, check_loadable
-from bitfloor.pipeline.sizes import parameter_sizes, size_summary, stored_bytes
+from bitfloor.pipeline.sizes import matrix_bytes, parameter_sizes, size_summary, stored_bytes
 
 FLOAT = 4
 DOUBLE = 8
@@ -71,6 +71,7 @@ def make_plan(
     layouts = {name: spec_layout(assignment.refs[name], spec) for name, spec in assignment.specs.items()}
     stored = stored_bytes(layouts)
     held = parameter_sizes(source)
+    sizes = matrix_bytes(source, assignment, stored)
     matrices = []
     for name, ref in assignment.refs.items():
         spec = assignment.specs.get(name)
@@ -78,9 +79,9 @@ def make_plan(
             {
                 "name": name,
                 "shape": list(ref.shape),
-                "bits": 16 if spec is None else spec.bits,
+                "bits": 8 * held[ref.param][1] // held[ref.param][0] if spec is None else spec.bits,
                 "group_size": None if spec is None else spec.columns_per_group(ref.shape[1]),
-                "bytes": stored[name] if spec is not None else held[ref.param][1],
+                "bytes": sizes[name],
                 "kept": assignment.kept.get(name),
             }
         )

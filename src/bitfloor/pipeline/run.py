@@ -100,6 +100,9 @@ class Run:
                     self._tell_block(k, eta=pace * (len(missing) - made))
                 elif self._float is not None:
                     self._replay(k)
+        for stream in (self._float, self._quantized):
+            if stream is not None:
+                stream.close()
 
     # -- streams -------------------------------------------------------------------------------------------------
 
@@ -110,16 +113,19 @@ class Run:
         source, device = self.source, self.options.device
         source.load_outer(device, head=False)
         try:
-            captured = capture(source.skeleton, source.map.blocks_path, [b.to(device) for b in self.batches])
-            self._calls = captured.calls
-            self._float = Stream(captured.hidden, self._spill("float"))
+            batches = [batch.to(device) for batch in self.batches]
+            spilled = Stream(folder=self._spill("float"))
+            captured = capture(source.skeleton, source.map.blocks_path, batches, spilled)
+            self._calls, self._float = captured.calls, captured.hidden
             embedding = source.map.embedding
             if embedding is not None and embedding.name in self.assignment.specs:
                 module = source.skeleton.get_submodule(embedding.name)
                 with torch.no_grad():
                     module.weight.copy_(decode_table(self.journal.get(ENDS), embedding.name))
-                captured = capture(source.skeleton, source.map.blocks_path, [b.to(device) for b in self.batches])
-            self._quantized = Stream(captured.hidden, self._spill("quantized"))
+                spilled = Stream(folder=self._spill("quantized"))
+                self._quantized = capture(source.skeleton, source.map.blocks_path, batches, spilled).hidden
+            else:
+                self._quantized = Stream(self._float, self._spill("quantized"))
         finally:
             source.release_outer()
 
@@ -171,9 +177,10 @@ class Run:
         if self._float is None or self._quantized is None:
             return None
         above = below = 0.0
+        replaced = runner.prepare(weights)
         for i in range(len(self._float)):
             exact = runner.forward(self._float[i], i)
-            found = runner.forward(self._quantized[i], i, weights)
+            found = runner.forward(self._quantized[i], i, replaced)
             above += float((found - exact).square().sum(dtype=torch.float64))
             below += float(exact.square().sum(dtype=torch.float64))
             self._float[i] = exact

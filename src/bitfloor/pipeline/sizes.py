@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,14 @@ def stored_bytes(layouts: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     }
 
 
+def matrix_bytes(source: SourceModel, assignment: Assignment, stored: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of every matrix: ``stored`` for the quantized ones, the source's for those that are kept."""
+    held = parameter_sizes(source)
+    experts = Counter(ref.param for ref in assignment.refs.values())
+    kept = {name: assignment.refs[name].param for name in assignment.kept}
+    return {**stored, **{name: held[param][1] // experts[param] for name, param in kept.items()}}
+
+
 def size_summary(source: SourceModel, assignment: Assignment, stored: Mapping[str, int]) -> dict[str, Any]:
     """Bits and bytes of the whole model, measured or predicted.
 
@@ -43,11 +52,7 @@ def size_summary(source: SourceModel, assignment: Assignment, stored: Mapping[st
     """
     refs = assignment.refs
     held = parameter_sizes(source)
-    sizes = dict(stored)
-    for name in assignment.kept:
-        ref = refs[name]
-        stack = sum(1 for other in refs.values() if other.param == ref.param)
-        sizes[name] = held[ref.param][1] // stack
+    sizes = matrix_bytes(source, assignment, stored)
     linears = [name for name in sizes if refs[name].block >= 0]
     ends = [name for name in sizes if refs[name].block < 0]
     weights = {name: refs[name].shape[0] * refs[name].shape[1] for name in sizes}

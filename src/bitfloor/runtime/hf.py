@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitfloor.formats.checkpoint import check_tensors, read_checkpoint, read_entries
 from bitfloor.formats.layout import QUANT_METHOD, parse_config
-from bitfloor.runtime.swap import install, packed_parameters
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -58,6 +58,9 @@ class BitfloorQuantizer(HfQuantizer):  # type: ignore[misc]
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # Imported here: this module registers while transformers' own modules are still being imported.
+        from bitfloor.runtime.swap import install, packed_parameters
+
         native = self.quantization_config.native
         if files := kwargs.get("checkpoint_files"):
             check_tensors(native, read_entries(files))
@@ -122,6 +125,7 @@ def load_packed(
     from transformers import AutoModelForCausalLM
 
     read_checkpoint(folder)
+    logging.disable_progress_bar()  # it would write over the command line's own progress
     model = AutoModelForCausalLM.from_pretrained(
         Path(folder), dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
     )

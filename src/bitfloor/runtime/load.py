@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from bitfloor.core.errors import InputError
 from bitfloor.formats.detect import Kind, detect
@@ -38,6 +39,7 @@ def load_model(
         return load_packed(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     # Opening it as a source first turns every kind of bad input into a sentence, before gigabytes are read.
     folder = open_source(model, trust_remote_code=trust_remote_code).path
+    logging.disable_progress_bar()  # it would write over the command line's own progress
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
     )

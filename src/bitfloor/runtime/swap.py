@@ -8,10 +8,10 @@ from torch import nn
 
 from bitfloor.core.errors import InputError
 from bitfloor.formats.layout import Layout, NativeConfig
+from bitfloor.modeling.discover import is_plain_linear
 from bitfloor.runtime.experts import install_stack
 from bitfloor.runtime.linear import PackedLinear, PackedMatrix, TiedHead, convert_embedding
 
-PLAIN_LINEAR = ("FalconLinear",)  # subclasses of nn.Linear whose forward is the same product, written out
 SCALED_EMBEDDING = "ScaledWordEmbedding"  # subclasses of nn.Embedding that scale what super().forward returns
 
 
@@ -30,8 +30,11 @@ def refusal(module: nn.Module, kind: str) -> str | None:
         return None if name == "Conv1D" else f"{name} is not a Conv1D"
     if kind == "expert":
         return None
-    plain = type(module).forward is nn.Linear.forward or name in PLAIN_LINEAR
-    return None if isinstance(module, nn.Linear) and plain else f"{name} is a linear layer with its own product"
+    return (
+        None
+        if isinstance(module, nn.Linear) and is_plain_linear(module)
+        else f"{name} is a linear layer with its own product"
+    )
 
 
 def install(model: nn.Module, config: NativeConfig) -> dict[str, PackedMatrix]:

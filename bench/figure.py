@@ -28,11 +28,12 @@ PEER = "gptqmodel, its best setting"
 WIDTH, HEIGHT = 400, 330
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 44
 STYLE = """
-text { font: 12px system-ui, sans-serif; fill: #333 }
-.small { font-size: 11px; fill: #666 }
+text { font: 12px system-ui, sans-serif; fill: #777 }
+.small { font-size: 11px }
 .grid { stroke: #888; stroke-opacity: .3 }
 .frame { fill: none; stroke: #888 }
-@media (prefers-color-scheme: dark) { text { fill: #ddd } .small { fill: #aaa } }
+@media (prefers-color-scheme: light) { text { fill: #444 } }
+@media (prefers-color-scheme: dark) { text { fill: #bbb } }
 """
 
 
@@ -100,7 +101,9 @@ def axes_of(lines: Iterable[Series], exact: float | None) -> Axes:
     points = [point for line in lines for point in line.points]
     values = [value for _, value in points] + ([exact] if exact else [])
     bits = [bits for bits, _ in points]
-    return Axes((math.floor(min(bits)), math.ceil(max(bits))), (min(values) * 0.9, max(values) * 1.15))
+    low, high = min(values), max(values)
+    margin = max(high / low, 1.5) ** 0.06
+    return Axes((math.floor(min(bits)), math.ceil(max(bits))), (low / margin, high * margin))
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -131,7 +134,7 @@ def panel(title: str, lines: Sequence[Series], exact: float | None, colours: Map
     if exact is not None:
         y = axes.y(exact)
         out.append(f'<line stroke="#888" stroke-dasharray="5 4" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text class="small" x="{right - 4}" y="{y + 13:.1f}" text-anchor="end">float {exact:.2f}</text>')
+        out.append(f'<text class="small" x="{right - 4}" y="{y - 5:.1f}" text-anchor="end">float {exact:.2f}</text>')
     for line in lines:
         out += drawn(line, axes, colours[line.name])
     return out

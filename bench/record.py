@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "bitfloor"
 RESULTS = ROOT / "bench" / "results"
+NOTE = "BITFLOOR_BENCH_NOTE"  # anything else about the machine that a reader should know
 DATA = "BITFLOOR_BENCH_DATA"
 
 # Where the numbers of a quality measurement come from: the mathematics, the block loop, and the scoring.
@@ -168,6 +169,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        **({"note": os.environ[NOTE]} if os.environ.get(NOTE) else {}),
     }
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from bitfloor import api
 from bitfloor.cli.inspection import inspect_folder
 from bitfloor.cli.main import main
 from bitfloor.formats.checkpoint import read_checkpoint
-from bitfloor.formats.files import open_tensors
 from bitfloor.runtime.linear import PackedMatrix, cache_weights
 
 Folder = Callable[..., Path]
@@ -165,16 +161,6 @@ def test_generation_is_that_of_the_rounded_model(trained: Path, quantized: Folde
     assert text and text == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_save_pretrained_and_load_again(quantized: Folder, tmp_path: Path) -> None:
-    model = api.load(quantized("gptq", 3))
-    model.save_pretrained(tmp_path)
-    first, again = read_checkpoint(quantized("gptq", 3)), read_checkpoint(tmp_path)
-    assert first.native == again.native and set(first.tensors) == set(again.tensors)
-    for name, (path, _) in first.tensors.items():
-        assert torch.equal(open_tensors(path)[name], open_tensors(again.tensors[name][0])[name]), name
-    assert torch.equal(logits(api.load(tmp_path)), logits(model))
-
-
 def test_the_dense_export_is_an_ordinary_model(quantized: Folder, tmp_path: Path) -> None:
     folder = quantized("gptq", 3)
     result = api.export(folder, tmp_path / "dense")
@@ -189,27 +175,6 @@ def test_the_dense_export_is_an_ordinary_model(quantized: Folder, tmp_path: Path
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")("ab").input_ids == [
         *AutoTokenizer.from_pretrained(folder)("ab").input_ids
     ]
-
-
-@pytest.mark.parametrize("first", ["bitfloor", "transformers"])
-def test_transformers_loads_the_folder_whichever_is_imported_first(first: str, quantized: Folder) -> None:
-    # The class is fetched before bitfloor is imported in one case and after it in the other.
-    lines = ["import bitfloor", "from transformers import AutoModelForCausalLM"]
-    code = [
-        *(lines if first == "bitfloor" else lines[::-1]),
-        "import json, sys, torch",
-        f"model = AutoModelForCausalLM.from_pretrained({str(quantized('gptq', 3))!r})",
-        "with torch.no_grad():",
-        f"    found = model(input_ids=torch.tensor({IDS[:1].tolist()}), use_cache=False).logits[0, -1]",
-        "print(json.dumps([type(model.model.layers[0].mlp.up_proj).__name__, found.tolist()]))",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    kind, found = json.loads(done.stdout)
-    assert kind == "PackedLinear"
-    expected = logits(api.load(quantized("gptq", 3)), IDS[:1])[0, -1]
-    assert torch.equal(torch.tensor(found), expected)
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bitfloor.core.errors import InputError
 from bitfloor.formats.atomic import atomic_file, make_folder, read_json, storage_error
 from bitfloor.pipeline.journal import FOLDER
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 REPORT = "bitfloor.json"
 PROBE = ".bitfloor-probe"
@@ -64,6 +72,30 @@ def prepare(out: Path, *, resume: bool) -> dict[str, Any] | None:
         file.write(b"")
     (out / PROBE).unlink()
     return report if resume else None
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Keep a second run out of an output folder for as long as this one lives; a killed run leaves no lock behind.
+
+    Raises:
+        InputError: another run is writing there.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                yield  # a file system without locks
+                return
+            raise InputError(f"another run is writing to {out}; wait for it, or choose another folder.") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def clear_finished(out: Path) -> None:

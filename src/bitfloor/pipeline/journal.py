@@ -58,6 +58,11 @@ class Journal:
         self.folder = folder / FOLDER
         self.fingerprint = dict(fingerprint)
 
+    def exists(self) -> bool:
+        """Whether this very run was begun before: what it checked first need not be checked again."""
+        run = self.folder / RUN
+        return run.is_file() and not differences(read_json(run), self.fingerprint)
+
     def begin(self, resume: bool) -> None:
         """Open the journal: continue the one that is there, or start one.
 

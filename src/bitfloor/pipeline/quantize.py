@@ -14,7 +14,7 @@ from torch import Tensor
 from bitfloor.core.errors import InputError
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.finish import write_checkpoint
-from bitfloor.pipeline.folder import clear_finished, prepare
+from bitfloor.pipeline.folder import clear_finished, only_writer, prepare
 from bitfloor.pipeline.job import Job, assign
 from bitfloor.pipeline.journal import Journal, differences
 from bitfloor.pipeline.run import Run, RunOptions
@@ -50,6 +50,8 @@ def quantize_model(
     """
     assignment = assign(source.map, job)
     fingerprint = make_fingerprint(source, job, data, options.device)
+    if not Journal(out, fingerprint).exists():
+        source.check_finite()
     finished = prepare(out, resume=resume)
     journal = Journal(out, fingerprint)
     if finished is not None:
@@ -62,10 +64,11 @@ def quantize_model(
         if journal.folder.exists():  # killed after config.json was written and before the journal was removed
             journal.close()
         return finished
-    journal.begin(resume)
-    clear_finished(out)
-    Run(source, job, assignment, journal, batches, options).execute()
-    return write_checkpoint(source, job, assignment, journal, out)
+    with only_writer(out):
+        journal.begin(resume)
+        clear_finished(out)
+        Run(source, job, assignment, journal, batches, options).execute()
+        return write_checkpoint(source, job, assignment, journal, out)
 
 
 def make_fingerprint(source: SourceModel, job: Job, data: str, device: str) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""What a run will need, from shapes alone: the terms that grow, grow; the ones that must not, do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pico import save_pico
+
+from bitfloor.api import make_job
+from bitfloor.core.errors import InputError
+from bitfloor.modeling.loader import SourceModel, open_source
+from bitfloor.pipeline import plan
+from bitfloor.pipeline.job import assign
+from bitfloor.recipe.load import load_recipe
+
+RECIPE: dict[str, Any] = {"method": {"name": "gptq"}, "spec": {"bits": 3, "group_size": 32}}
+
+
+@pytest.fixture(autouse=True)
+def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this process holds at the moment is no part of the comparison."""
+    monkeypatch.setattr(plan, "resident_memory", lambda: 0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> SourceModel:
+    return open_source(save_pico(tmp_path_factory.mktemp("plan")))
+
+
+def peak(source: SourceModel, data: tuple[int, int, int] | None, *, spill: bool = False, **changes: Any) -> int:
+    job = make_job(load_recipe({**RECIPE, **changes}), source)
+    return plan.peak_memory(source, job, assign(source.map, job), data, spill=spill)
+
+
+def test_more_text_needs_more_memory(source: SourceModel) -> None:
+    needs = [peak(source, (sequences, 64, 4)) for sequences in (4, 64, 256)]
+    # Two streams of float32 hidden states, [sequences, 64, 48] each.
+    assert needs[1] - needs[0] == 2 * 4 * 60 * 64 * 48 and needs[2] - needs[1] == 2 * 4 * 192 * 64 * 48
+    assert peak(source, (64, 128, 4)) > needs[1] and peak(source, (64, 64, 16)) > needs[1]
+    assert peak(source, (2, 64, 4)) == peak(source, (2, 64, 2))  # a batch is never larger than all there is
+
+
+def test_spilled_text_does_not(source: SourceModel) -> None:
+    assert peak(source, (64, 64, 4), spill=True) == peak(source, (4096, 64, 4), spill=True) < peak(source, (64, 64, 4))
+
+
+def test_more_blocks_do_not_need_more_memory(source: SourceModel, tmp_path: Path) -> None:
+    deep = open_source(save_pico(tmp_path, num_hidden_layers=9))
+    assert peak(deep, (8, 64, 4)) == peak(source, (8, 64, 4))
+
+
+def test_a_method_without_text_needs_less(source: SourceModel) -> None:
+    assert peak(source, None, method={"name": "rtn", "range": "minmax"}) < peak(source, (8, 64, 4))
+
+
+def test_every_matrix_is_in_the_plan_once(source: SourceModel) -> None:
+    changes = {"layers": [{"match": "*.down_proj", "keep": True, "reason": "sensitive"}], "head": {"bits": 16}}
+    job = make_job(load_recipe({**RECIPE, **changes}), source)
+    planned = plan.make_plan(source, job, None, device="cpu", spill=False)
+    rows = {row["name"]: row for row in planned["matrices"]}
+    assert len(rows) == len(planned["matrices"]) == 3 * 7 + 2
+    kept = rows["model.layers.2.mlp.down_proj"]
+    assert kept == {
+        "name": "model.layers.2.mlp.down_proj",
+        "shape": [48, 80],
+        "bits": 16,
+        "group_size": None,
+        "bytes": 48 * 80 * 4,
+        "kept": "sensitive",
+    }
+    assert rows["lm_head"]["kept"] == "head.bits is 16"
+    assert rows["model.embed_tokens"]["bits"] == 8 and rows["model.embed_tokens"]["group_size"] == 48
+    # [80, 48]: 5 row blocks of 2 tiles of 32 columns, 64 * 3 bytes each; 2 groups a row: a 16-bit scale each,
+    # and for 16 rows 2 * 3 bytes of zero-points.
+    assert rows["model.layers.0.mlp.up_proj"]["bytes"] == 5 * 2 * 64 * 3 + 80 * 2 * 2 + 5 * 2 * 2 * 3
+    total = planned["bytes"]
+    assert sum(row["bytes"] for row in rows.values()) == total["linears"] + total["embeddings"]
+    assert total["other"] == 7 * 48 * 4  # norms
+
+
+def test_a_plan_that_does_not_fit(source: SourceModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(load_recipe(RECIPE), source)
+    monkeypatch.setattr(plan, "available_memory", lambda device: 1_500_000_000)
+    planned = plan.make_plan(source, job, (8, 64, 4), device="cpu", spill=False)
+    plan.check_memory(planned)
+    planned = plan.make_plan(source, job, (2_000_000, 64, 4), device="cpu", spill=False)
+    with pytest.raises(InputError, match="GB of memory and 1.5 GB are available"):
+        plan.check_memory(planned)
+    monkeypatch.setattr(plan, "available_memory", lambda device: None)
+    assert plan.make_plan(source, job, (2_000_000, 64, 4), device="cpu", spill=False)["fits"]
+
+
+def test_the_system_says_what_it_has() -> None:
+    available = plan.available_memory("cpu")
+    assert available is None or available > 1 << 20

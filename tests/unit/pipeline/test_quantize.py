@@ -1,0 +1,65 @@
+"""What decides the bytes of a result is in its fingerprint; where and how it was made is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pico import save_pico
+
+from bitfloor.api import make_job
+from bitfloor.modeling.loader import open_source
+from bitfloor.pipeline import quantize
+from bitfloor.pipeline.quantize import make_fingerprint
+from bitfloor.recipe.load import load_recipe
+
+RECIPE: dict[str, Any] = {"method": {"name": "gptq"}, "spec": {"bits": 3, "group_size": 32}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pico(tmp_path_factory.mktemp("fingerprint") / "model")
+
+
+def fingerprint(folder: Path, data: str = "none", **changes: Any) -> dict[str, Any]:
+    source = open_source(folder)
+    return make_fingerprint(source, make_job(load_recipe({**RECIPE, **changes}), source), data, "cpu")
+
+
+def test_its_fields(folder: Path) -> None:
+    found = fingerprint(folder, "beef")
+    assert set(found) == {
+        *("recipe", "model", "calibration_tokens", "device", "processor", "threads"),
+        *("bitfloor", "torch", "transformers"),
+    }
+    assert found["calibration_tokens"] == "beef" and found["device"] == "cpu"
+    assert found["threads"] == torch.get_num_threads() and found["torch"] == torch.__version__
+
+
+def test_names_and_places_do_not_count(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").symlink_to(folder)
+    assert fingerprint(tmp_path / "elsewhere", name="another", description="words") == fingerprint(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 3}, {"spec": {"bits": 3, "group_size": 48}}, {"method": {"name": "gptq", "damping": 0.02}}],
+    ids=["seed", "group size", "option"],
+)
+def test_everything_in_the_recipe_counts(folder: Path, changes: dict[str, Any]) -> None:
+    found, before = fingerprint(folder, **changes), fingerprint(folder)
+    assert {key for key in found if found[key] != before[key]} == {"recipe"}
+
+
+def test_defaults_written_out_are_the_same_recipe(folder: Path) -> None:
+    assert fingerprint(folder, method={"name": "gptq", "damping": 0.01, "act_order": True}) == fingerprint(folder)
+
+
+def test_machine_and_versions_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(folder)
+    monkeypatch.setattr(quantize, "version", lambda name: f"{name} of the day after")
+    monkeypatch.setattr(quantize.platform, "machine", lambda: "abacus")
+    after = fingerprint(folder)
+    assert {key for key in after if after[key] != before[key]} == {"bitfloor", "transformers", "processor"}

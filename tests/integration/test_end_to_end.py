@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,10 @@ def test_the_report_counts_the_bytes_in_the_files(trained: Path, quantized: Fold
     linears = [name for name in checkpoint.native.matrices if ".layers." in name]
     assert len(linears) == 3 * 7
     stored = sum(checkpoint.matrix_bytes(name) for name in linears)
-    weights = sum(checkpoint.native.layout_of(n)["shape"][0] * checkpoint.native.layout_of(n)["shape"][1] for n in linears)
+    weights = sum(prod(checkpoint.native.layout_of(name)["shape"]) for name in linears)
     assert report["bytes"]["linears"] == stored
     assert report["bits_per_linear_weight"] == 8 * stored / weights
-    # 3 bits, a 16-bit scale and a 3-bit zero-point for 32 columns; the padded ends of 176 = 5.5 * 32 make it a bit more.
+    # 3 bits, a 16-bit scale and a 3-bit zero-point for 32 columns; 176 = 5.5 * 32 is padded to 6 * 32.
     assert 3 + 19 / 32 < report["bits_per_linear_weight"] < 3.9
     assert report["bytes"]["embeddings"] == VOCABULARY * 64 * 4 and report["kept"] == {
         "model.embed_tokens": "embedding.bits is 16"
@@ -231,4 +232,4 @@ def test_the_difference_to_the_float_model_comes_with_its_interval(
     assert difference["delta_nll"] == pytest.approx(nll("rtn", 2) - nll(), abs=1e-9)
     low, high = difference["ci95"]
     assert 0 < low < difference["delta_nll"] < high
-    assert 0 < entry["divergence"]["kl"] and 0.5 < entry["divergence"]["top1_agreement"] < 1
+    assert entry["divergence"]["kl"] > 0 and 0.5 < entry["divergence"]["top1_agreement"] < 1

@@ -118,10 +118,18 @@ def hessians(model: Path) -> tuple[Any, dict[str, torch.Tensor]]:
     """The weight and the input statistics of every matrix, from the float model."""
     source = open_source(model)
     tokens = calibration_batches(
-        source.tokenizer(), load_text("default", "calibration"), sequences=SEQUENCES, seqlen=LENGTH, batch_size=SEQUENCES
+        source.tokenizer(),
+        load_text("default", "calibration"),
+        sequences=SEQUENCES,
+        seqlen=LENGTH,
+        batch_size=SEQUENCES,
     )
     weights: dict[str, torch.Tensor] = {}
     sums: dict[str, HessianSum] = {}
+
+    def add(name: str, x: torch.Tensor) -> None:
+        sums[name].add(x)
+
     with torch.no_grad():
         source.load_outer(head=False)
         captured = capture(source.skeleton, source.map.blocks_path, tokens)
@@ -135,8 +143,8 @@ def hessians(model: Path) -> tuple[Any, dict[str, torch.Tensor]]:
             assert [len(group) for group in groups] == [3, 1, 2, 1]  # q k v, o, gate up, down
             for group in groups:
                 shared = HessianSum(runner.weight(group[0]).shape[1])
-                sums |= dict.fromkeys(group, shared)
-            runner.observe(hidden, lambda name, x: sums[name].add(x), [group[0] for group in groups])
+                sums.update(dict.fromkeys(group, shared))
+            runner.observe(hidden, add, [group[0] for group in groups])
             hidden = [runner.forward(x, i) for i, x in enumerate(hidden)]
             source.release_block(k)
     return weights, {name: total.total for name, total in sums.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +10,10 @@ from torch import Tensor
 
 from bitfloor.core.affine import decode, encode, pack
 from bitfloor.core.metrics import relative_error
+from bitfloor.core.packed import dequantize
 from bitfloor.core.spec import QuantSpec
 from bitfloor.formats import native
+from bitfloor.formats.layout import part_shapes
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.job import Assignment
 from bitfloor.pipeline.journal import Entry
@@ -72,9 +73,18 @@ def _quantize_table(
     return above / below if below else 0.0, {key: torch.cat(parts) for key, parts in stored.items()}, layout
 
 
-def decode_table(entry: Entry, name: str) -> Tensor:
-    """The float32 table ``[V, D]`` a packed embedding stands for."""
-    from bitfloor.core.packed import dequantize
+def decode_table(entry: Entry, name: str, into: Tensor) -> None:
+    """Write the table ``[V, D]`` a packed embedding stands for into a tensor, panel by panel.
 
-    layout: Mapping[str, Any] = entry.facts["layouts"][name]
-    return dequantize(native.decode(name, dict(layout), entry.tensors.__getitem__))
+    Args:
+        entry: the journal's part with the embedding.
+        name: the embedding.
+        into: ``[V, D]``, any float dtype and device; overwritten.
+    """
+    layout: dict[str, Any] = entry.facts["layouts"][name]
+    parts = {part: entry.tensors[f"{name}.{part}"] for part in part_shapes(layout)}
+    for start in range(0, into.shape[0], ROWS):
+        rows = min(ROWS, into.shape[0] - start)
+        blocks = slice(start // 16, (start + rows + 15) // 16)
+        panel = native.assemble(layout, {part: tensor[blocks] for part, tensor in parts.items()}, rows)
+        into[start : start + rows] = dequantize(panel).to(into)

@@ -19,7 +19,9 @@ FLOAT = 4
 DOUBLE = 8
 # What the process takes beyond what it holds when it plans: thread pools, operator caches, allocator slack. Measured
 # (bench/memory.py) and nearly constant.
-OVERHEAD = 120 << 20
+OVERHEAD = 60 << 20
+# Float32 copies of one panel of an embedding alive at once in the range search.
+PANEL_COPIES = 10
 # Float64 copies of the Hessian alive at once while its inverse is factorised: permuted input, damped, factor, inverse.
 FACTOR_COPIES = 5
 # Float32 tensors of the shape of the stacked weights alive at once inside a solver: weights, working copy, expanded
@@ -130,13 +132,22 @@ def peak_memory(
         moving = FLOAT * batch * seqlen * (ACTIVATION_COPIES * hidden + 3 * widest)
     # A block: its weights in float32, and once more dequantized.
     block = 2 * FLOAT * max(blocks, default=0) + moving + _solver_memory(source, job, assignment)
-    outside = sum(count for name, (count, _) in held.items() if not name.startswith(prefix))
-    ends = 0
-    for ref in (source.map.embedding, None if source.map.tied else source.map.head):
-        if ref is not None:
-            ends = max(ends, held[ref.param][1] + 10 * FLOAT * min(ROWS, ref.shape[0]) * ref.shape[1])
-    capture = FLOAT * outside + moving if data is not None else 0
-    return resident_memory() + OVERHEAD + streams + max(block, capture + ends)
+    head = source.map.head
+    skipped = held[head.param][0] if head is not None and not source.map.tied else 0
+    outside = sum(count for name, (count, _) in held.items() if not name.startswith(prefix)) - skipped
+    capture = FLOAT * outside if data is not None else 0
+    return resident_memory() + OVERHEAD + max(streams + block, streams + capture, _table_memory(source, assignment))
+
+
+def _table_memory(source: SourceModel, assignment: Assignment) -> int:
+    """Embedding and head, one after the other: the table as stored, and panels of it while they are quantized."""
+    held = parameter_sizes(source)
+    worst = 0
+    for name, ref in assignment.refs.items():
+        if ref.block < 0:
+            panel = FLOAT * min(ROWS, ref.shape[0]) * ref.shape[1] if name in assignment.specs else 0
+            worst = max(worst, 2 * held[ref.param][1] + PANEL_COPIES * panel)
+    return worst
 
 
 def _solver_memory(source: SourceModel, job: Job, assignment: Assignment) -> int:

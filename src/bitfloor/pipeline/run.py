@@ -119,9 +119,8 @@ class Run:
             self._calls, self._float = captured.calls, captured.hidden
             embedding = source.map.embedding
             if embedding is not None and embedding.name in self.assignment.specs:
-                module = source.skeleton.get_submodule(embedding.name)
-                with torch.no_grad():
-                    module.weight.copy_(decode_table(self.journal.get(ENDS), embedding.name))
+                table = source.skeleton.get_parameter(embedding.param)
+                decode_table(self.journal.get(ENDS), embedding.name, table)
                 spilled = Stream(folder=self._spill("quantized"))
                 self._quantized = capture(source.skeleton, source.map.blocks_path, batches, spilled).hidden
             else:

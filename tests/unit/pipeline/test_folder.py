@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from bitfloor.core.errors import InputError
-from bitfloor.pipeline.folder import clear_finished, copy_companions, finished_report, model_config, prepare
+from bitfloor.pipeline.folder import (
+    clear_finished,
+    copy_companions,
+    finished_report,
+    model_config,
+    only_writer,
+    prepare,
+)
 
 
 def finish(out: Path) -> None:
@@ -78,3 +85,17 @@ def test_the_configuration_keeps_everything_of_the_source(tmp_path: Path) -> Non
         "own": [1],
         "quantization_config": {"bits": 3},
     }
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    with only_writer(tmp_path):
+        with pytest.raises(InputError, match="another run is writing to"), only_writer(tmp_path):
+            pass
+        (tmp_path / "other").mkdir()
+        with only_writer(tmp_path / "other"):
+            pass
+    with pytest.raises(KeyError), only_writer(tmp_path):
+        raise KeyError
+    with only_writer(tmp_path):  # given back, after an exception too
+        pass

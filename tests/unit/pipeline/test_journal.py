@@ -60,7 +60,7 @@ def test_another_run_is_refused_and_nothing_is_touched(journal: Journal, tmp_pat
     other = Journal(tmp_path, {**FINGERPRINT, "threads": 8, "calibration_tokens": "ff"})
     with pytest.raises(InputError) as caught:
         other.begin(True)
-    assert "calibration tokens was 'none' and is now 'ff'; threads was 2 and is now 8" in str(caught.value)
+    assert "calibration tokens was none and is now ff; threads was 2 and is now 8" in str(caught.value)
     assert "recipe" not in str(caught.value) and journal.facts("ends") is not None
     other.begin(False)
     assert other.facts("ends") is None

@@ -40,9 +40,9 @@ def write_checkpoint(
     writer = CheckpointWriter(out)
     for part in parts:
         writer.add_artifact(journal.path(part))
-    writer.write()
+    files = writer.write()
     copy_companions(source.path, out)
-    report = {**make_report(source, job, assignment, facts), "made_from": journal.fingerprint}
+    report = {**make_report(source, job, assignment, facts), "made_from": journal.fingerprint, "files": files}
     write_json(out / REPORT, report)
     recipe = {"name": job.recipe_name, "sha256": job.recipe_sha256}
     quantization = build_config(layouts, tied=tied, kept=kept, recipe=recipe)

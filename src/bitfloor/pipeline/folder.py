@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -102,7 +103,23 @@ def clear_finished(out: Path) -> None:
     """Remove a finished checkpoint that is to be replaced; ``config.json`` goes first."""
     for pattern in ("config.json", REPORT, "model*.safetensors", "model*.safetensors.index.json", *COMPANIONS):
         for path in out.glob(pattern):
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:
+                raise storage_error(error, path) from error
+
+
+def damaged_file(out: Path, report: Mapping[str, Any]) -> str | None:
+    """The first shard of a finished checkpoint that is missing or not as it was written, None if all are."""
+    for name, expected in report.get("files", {}).items():
+        try:
+            with (out / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return str(name)
+        if found != expected:
+            return str(name)
+    return None
 
 
 def copy_companions(source: Path, out: Path) -> list[str]:

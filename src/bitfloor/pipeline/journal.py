@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from bitfloor.core.errors import InputError
-from bitfloor.formats.atomic import make_folder, read_json, write_json
+from bitfloor.formats.atomic import make_folder, read_json, storage_error, write_json
 from bitfloor.formats.files import CorruptArtifact, read_artifact, verify_artifact, write_artifact
 
 FOLDER = ".bitfloor"
@@ -71,7 +71,7 @@ class Journal:
         """
         run = self.folder / RUN
         if not resume and self.folder.exists():
-            shutil.rmtree(self.folder)
+            _remove(self.folder)
         if run.exists():
             changed = differences(read_json(run), self.fingerprint)
             if changed:
@@ -81,7 +81,7 @@ class Journal:
                 )
             return
         if self.folder.exists():  # parts without run.json: killed while removing a journal, of what run is not known
-            shutil.rmtree(self.folder)
+            _remove(self.folder)
         make_folder(self.folder)
         write_json(run, self.fingerprint)
 
@@ -116,7 +116,14 @@ class Journal:
 
     def close(self) -> None:
         """Remove the journal: the checkpoint is complete."""
-        shutil.rmtree(self.folder)
+        _remove(self.folder)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise storage_error(error, folder) from error
 
 
 def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from bitfloor.core.errors import InputError
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.finish import write_checkpoint
-from bitfloor.pipeline.folder import clear_finished, only_writer, prepare
+from bitfloor.pipeline.folder import clear_finished, damaged_file, only_writer, prepare
 from bitfloor.pipeline.job import Job, assign
 from bitfloor.pipeline.journal import Journal, differences
 from bitfloor.pipeline.run import Run, RunOptions
@@ -55,11 +55,16 @@ def quantize_model(
     finished = prepare(out, resume=resume)
     journal = Journal(out, fingerprint)
     if finished is not None:
-        changed = differences(finished["made_from"], fingerprint)
+        changed = differences(finished.get("made_from", {}), fingerprint)
         if changed:
             raise InputError(
                 f"{out} holds a finished checkpoint that was made differently: {changed}. "
                 "Choose another folder, or add --no-resume to replace it."
+            )
+        damaged = damaged_file(out, finished)
+        if damaged is not None:
+            raise InputError(
+                f"{out / damaged} is not as it was written; copy it again, or add --no-resume."
             )
         if journal.folder.exists():  # killed after config.json was written and before the journal was removed
             journal.close()

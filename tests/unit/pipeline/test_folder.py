@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from bitfloor.core.errors import InputError
 from bitfloor.pipeline.folder import (
     clear_finished,
     copy_companions,
+    damaged_file,
     finished_report,
     model_config,
     only_writer,
@@ -99,3 +101,15 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
         raise KeyError
     with only_writer(tmp_path):  # given back, after an exception too
         pass
+
+
+def test_a_shard_that_changed_or_vanished_is_named(tmp_path: Path) -> None:
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(b"as written")
+    report = {"files": {shard.name: hashlib.sha256(b"as written").hexdigest()}}
+    assert damaged_file(tmp_path, report) is None
+    shard.write_bytes(b"as writteN")
+    assert damaged_file(tmp_path, report) == shard.name
+    shard.unlink()
+    assert damaged_file(tmp_path, report) == shard.name
+    assert damaged_file(tmp_path, {}) is None  # a report from before this was recorded

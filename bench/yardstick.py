@@ -47,6 +47,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; repeatable")
     parser.add_argument("--force", action="store_true", help="measure again what is fresh")
     parser.add_argument("--keep", action="store_true", help="leave the quantized models in the work folder")
+    parser.add_argument(
+        "--calibration", metavar="SPEC", help="calibrate on another text; the yardstick's is the default"
+    )
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
@@ -59,7 +62,7 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
     return [
         f"calibration.sequences={args.sequences}",
         f"calibration.seqlen={args.calibration_seqlen}",
-        "calibration.mode=documents",
+        f"calibration.mode={'documents' if args.calibration is None else 'auto'}",
         "calibration.min_chars=1500",
         f"embedding.bits={args.embedding_bits}",
         *args.set,
@@ -69,6 +72,7 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
 def result_name(preset: str, args: argparse.Namespace) -> str:
     """File name of a result: the preset, and what was changed in it."""
     changes = [f"embedding{args.embedding_bits}"] if args.embedding_bits != 16 else []
+    changes += [f"calibrated-on-{Path(args.calibration).name}"] if args.calibration else []
     changes += [change.replace("=", "-").replace("/", "-") for change in args.set]
     return "+".join([preset, *changes])
 
@@ -106,15 +110,15 @@ def calibration_ids(args: argparse.Namespace) -> dict[str, Any]:
 
     batches = calibration_batches(
         load_tokenizer(args.model),
-        load_text(str(record.data_file(args.data, CALIBRATION)), "calibration"),
+        load_text(args.calibration or str(record.data_file(args.data, CALIBRATION)), "calibration"),
         sequences=args.sequences,
         seqlen=args.calibration_seqlen,
         batch_size=args.sequences,
         min_chars=1500,
-        pack=False,
+        pack=None if args.calibration else False,
     )
     return {
-        "file": Path(CALIBRATION).name,
+        "file": Path(args.calibration or CALIBRATION).name,
         "sequences": args.sequences,
         "seqlen": args.calibration_seqlen,
         "token_sha256": token_sha256(batches),
@@ -162,7 +166,8 @@ def quantize(preset: str, out: Path, args: argparse.Namespace) -> dict[str, Any]
     if out.exists():
         shutil.rmtree(out)
     # The text is named relative to its folder: the path is part of the recipe, and of its hash.
-    line = ["quantize", args.model.resolve(), "--out", out.resolve(), "--recipe", preset, "--calib", text.name]
+    line = ["quantize", args.model.resolve(), "--out", out.resolve(), "--recipe", preset]
+    line += ["--calib", args.calibration or text.name]
     spent = cost.measure(
         cost.bitfloor_command(*line, *overrides_of(args)), cwd=text.parent, env=cost.source_environment()
     )
@@ -204,7 +209,7 @@ def measure_preset(preset: str, args: argparse.Namespace) -> None:
     """Quantize with one preset, score, write the result."""
     name = result_name(preset, args)
     path = args.out / f"{name}.json"
-    calibration = Path(CALIBRATION).name
+    calibration = args.calibration or Path(CALIBRATION).name
     overrides = overrides_of(args)
     recipe = {
         "preset": preset,

@@ -23,6 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read by transformers
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import bitfloor
+from bitfloor.api import generate
 from bitfloor.core.errors import BitfloorError
 
 PROMPT = "The most important thing about the ocean is"
@@ -66,18 +67,8 @@ def watch(event: Any) -> None:
         print(f"  block {event.block + 1}/{event.blocks}{left}", flush=True)
 
 
-def float_text(model: str) -> str:
-    """The float model's continuation, by the same rules as ``bitfloor.api.generate``'s."""
-    from bitfloor.evaluation.generate import generate_text
-    from bitfloor.runtime.load import load_model, load_tokenizer
-
-    return generate_text(load_model(model), load_tokenizer(model), PROMPT, max_new_tokens=NEW_TOKENS).text
-
-
 def compare(model: str, folder: Path, name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     """Quantize, score against the float model, continue the prompt."""
-    from bitfloor.api import generate
-
     with step(f"quantizing: {name} {' '.join(overrides)}".rstrip()):
         report = bitfloor.quantize(model, folder, name, overrides=overrides, progress=watch)
     with step(f"scoring {name} and the float model on {WINDOWS} windows of {SEQLEN} tokens of held-out text"):
@@ -125,7 +116,7 @@ def main() -> int:
     print(f"model: {Path(model).name}")
     try:
         with step("generating with the float model (a .gguf file is dequantized into the cache on first use)"):
-            float_words = float_text(model)
+            float_words = generate(model, PROMPT, max_new_tokens=NEW_TOKENS)
         results = {name: compare(model, options.out / name, name, overrides) for name, _, overrides in RUNS}
     except BitfloorError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -41,6 +41,8 @@ QUALITY = (
     "data/tokenize.py",
     "evaluation/perplexity.py",
 )
+# What options there are and what they may be; which values were used is in the recipe's own hash.
+UNCOUNTED = ("methods/options.py", "methods/table.py")
 # Memory and resuming depend on how tensors are read, held and written too.
 RUNNING = (*QUALITY, "pipeline", "formats", "modeling")
 
@@ -64,6 +66,7 @@ def code_sha256(parts: Iterable[str] = QUALITY, package: Path = PACKAGE) -> str:
         if not path.exists():
             raise SystemExit(f"{part} is not part of the package, so its code cannot be hashed; see bench/record.py")
         files.update(path.rglob("*.py") if path.is_dir() else [path])
+    files -= {package / name for name in UNCOUNTED}
     digest = hashlib.sha256()
     for path in sorted(files):
         tree = tree_text(path.read_text("utf-8"))

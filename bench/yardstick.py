@@ -167,7 +167,8 @@ def quantize(preset: str, out: Path, args: argparse.Namespace) -> dict[str, Any]
         shutil.rmtree(out)
     # The text is named relative to its folder: the path is part of the recipe, and of its hash.
     line = ["quantize", args.model.resolve(), "--out", out.resolve(), "--recipe", preset]
-    line += ["--calib", args.calibration or text.name]
+    # Not --calib, which a method that reads no text refuses.
+    line += [f"calibration.text={args.calibration or text.name}"]
     spent = cost.measure(
         cost.bitfloor_command(*line, *overrides_of(args)), cwd=text.parent, env=cost.source_environment()
     )

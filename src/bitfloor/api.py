@@ -19,6 +19,7 @@ from bitfloor.data.sources import load_text
 from bitfloor.data.tokenize import calibration_batches, token_sha256
 from bitfloor.environment import environment as environment
 from bitfloor.evaluation.generate import generate_text
+from bitfloor.evaluation.limits import context_length
 from bitfloor.methods.base import Need
 from bitfloor.methods.table import METHODS
 from bitfloor.modeling.loader import SourceModel, open_source
@@ -77,6 +78,7 @@ def quantize(
     checked = load_recipe(recipe, overrides, calibration=calibration)
     source = open_source(model, trust_remote_code=trust_remote_code)
     job = make_job(checked, source)
+    check_calibration(checked, job, calibration)
     planned = make_plan(source, job, _plan_data(checked, job), device=device, spill=spill is not None)
     check_memory(planned)
     batches = _batches(checked, job, source)
@@ -107,6 +109,7 @@ def plan(
     checked = load_recipe(recipe, overrides, calibration=calibration)
     source = open_source(model, trust_remote_code=trust_remote_code)
     job = make_job(checked, source)
+    check_calibration(checked, job, calibration)
     planned = make_plan(source, job, _plan_data(checked, job), device=device, spill=spill)
     result = {"model": _short(model), "recipe": checked.name, **planned}
     check_memory(planned)
@@ -256,6 +259,12 @@ def _batches(recipe: Recipe, job: Job, source: SourceModel) -> list[Tensor]:
     if Need.INPUTS not in job.method.needs:
         return []
     part = recipe.calibration
+    longest = context_length(source)
+    if longest is not None and part.seqlen > longest:
+        raise InputError(
+            f"calibration.seqlen = {part.seqlen:,} is longer than this model's context of {longest:,} tokens; "
+            "use at most that."
+        )
     return calibration_batches(
         source.tokenizer(),
         load_text(part.text, "calibration"),
@@ -265,6 +274,18 @@ def _batches(recipe: Recipe, job: Job, source: SourceModel) -> list[Tensor]:
         min_chars=part.min_chars,
         pack={"documents": False, "packed": True, "auto": None}[part.mode],
     )
+
+
+def check_calibration(recipe: Recipe, job: Job, calibration: str | None) -> None:
+    """Refuse a calibration text that would be ignored.
+
+    Raises:
+        InputError: the method reads none.
+    """
+    if calibration is not None and Need.INPUTS not in job.method.needs:
+        raise InputError(
+            f"the calibration text {calibration!r} would not be read: {recipe.name} needs none; leave it out."
+        )
 
 
 def check_device(device: str) -> None:

@@ -128,3 +128,27 @@ def test_some_experts_of_a_stack_cannot_be_kept_alone(pico: Any, recipe: Any, tm
     with pytest.raises(InputError, match="keeps some of the experts stacked in .* keep all of them or none"):
         api.quantize(pico("qwen3_moe", num_hidden_layers=2), tmp_path / "out", chosen)
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_are_multiplied_in_a_batch_load_and_compute(
+    pico: Callable[..., Path], recipe: Any, tmp_path: Path
+) -> None:
+    """Llama 4 hands its whole stack to one batched product instead of indexing it."""
+    model = pico("llama4_text", num_hidden_layers=2)
+    api.quantize(model, tmp_path / "out", recipe("rtn", 4))
+    packed = api.load(tmp_path / "out", dtype=torch.float32)
+    reference = float_model(model)
+    with torch.no_grad():
+        for name, module in packed.named_modules():
+            if not isinstance(module, PackedMatrix):
+                continue
+            dense = module.dense(torch.float32)
+            if module.layout["kind"] == "expert":
+                path, _, rest = name.partition(".experts.")
+                index, param = rest.split(".")
+                stack = reference.get_submodule(f"{path}.experts").get_parameter(param)
+                stack[int(index)].copy_(dense.T if module.layout["transposed"] else dense)
+            else:
+                reference.get_submodule(name).weight.copy_(dense)
+    # Panels of a packed linear sum in another order than one whole product.
+    assert torch.allclose(logits(packed), logits(reference), atol=1e-4)

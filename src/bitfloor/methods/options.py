@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from bitfloor.core.errors import InputError
+
 
 @dataclass(frozen=True)
 class RtnConfig:
@@ -32,6 +34,10 @@ class GptqConfig:
     range: str = "search"
     damping: float = 0.01
     act_order: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.damping <= 100.0:
+            raise InputError(f"damping = {self.damping:g} is not a share of the mean diagonal; use 0 to 100.")
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"range": ("search", "minmax")}
 

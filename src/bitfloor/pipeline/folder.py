@@ -41,7 +41,9 @@ COMPANIONS = (
 def finished_report(out: Path) -> dict[str, Any] | None:
     """The report of the complete checkpoint in a folder, or None if there is none."""
     if (out / "config.json").is_file() and (out / REPORT).is_file():
-        report: dict[str, Any] = read_json(out / REPORT)
+        report = read_json(out / REPORT)
+        if not isinstance(report, dict):
+            raise InputError(f"{out / REPORT} is damaged; copy the checkpoint again, or remove the folder.")
         return report
     return None
 

@@ -61,7 +61,14 @@ class Journal:
     def exists(self) -> bool:
         """Whether this very run was begun before: what it checked first need not be checked again."""
         run = self.folder / RUN
-        return run.is_file() and not differences(read_json(run), self.fingerprint)
+        return run.is_file() and not differences(self._begun(), self.fingerprint)
+
+    def _begun(self) -> dict[str, Any]:
+        try:
+            found = read_json(self.folder / RUN)
+        except InputError:
+            found = None
+        return found if isinstance(found, dict) else {"run.json": "damaged"}
 
     def begin(self, resume: bool) -> None:
         """Open the journal: continue the one that is there, or start one.
@@ -73,7 +80,7 @@ class Journal:
         if not resume and self.folder.exists():
             _remove(self.folder)
         if run.exists():
-            changed = differences(read_json(run), self.fingerprint)
+            changed = differences(self._begun(), self.fingerprint)
             if changed:
                 raise InputError(
                     f"{self.folder.parent} holds an unfinished run that was started differently: {changed}. "

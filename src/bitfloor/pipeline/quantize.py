@@ -63,9 +63,7 @@ def quantize_model(
             )
         damaged = damaged_file(out, finished)
         if damaged is not None:
-            raise InputError(
-                f"{out / damaged} is not as it was written; copy it again, or add --no-resume."
-            )
+            raise InputError(f"{out / damaged} is not as it was written; copy it again, or add --no-resume.")
         if journal.folder.exists():  # killed after config.json was written and before the journal was removed
             journal.close()
         return finished

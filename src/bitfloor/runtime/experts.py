@@ -2,12 +2,14 @@
 
 Transformers 5 keeps the experts of a layer in three-dimensional parameters, ``gate_up_proj [E, O, I]``. Here each
 expert is a matrix of its own, stored as ``...experts.<index>.<param>.codes``. The parameter is replaced by an object
-that hands out one dequantized expert at a time when indexed, which is all the eager implementation of ``forward`` does.
+that hands out one dequantized expert at a time when indexed, which is all the eager implementation of most models does;
+a model that multiplies by all experts at once gets the layer's stack dequantized whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +61,27 @@ class PackedStack:
                 "packed experts are read one at a time, and this implementation of the experts asked for many; "
                 'call model.set_experts_implementation("eager").'
             )
-        expert = self.experts[index]
+        return self._one(self.experts[index])
+
+    @staticmethod
+    def _one(expert: PackedMatrix) -> Tensor:
         return expert.dense().T if expert.layout["transposed"] else expert.dense()
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """A product over all experts at once, as Llama 4 has it: the layer's whole stack is dequantized."""
+        del types
+
+        def whole(value: Any) -> Any:
+            return torch.stack([cls._one(e) for e in value.experts]) if isinstance(value, PackedStack) else value
+
+        return func(*map(whole, args), **{key: whole(value) for key, value in (kwargs or {}).items()})
 
 
 def install_stack(experts: nn.Module, param: str, matrices: Sequence[PackedMatrix]) -> None:

@@ -78,7 +78,7 @@ def quantize(
     checked = load_recipe(recipe, overrides, calibration=calibration)
     source = open_source(model, trust_remote_code=trust_remote_code)
     job = make_job(checked, source)
-    check_calibration(checked, job, calibration)
+    check_calibration(checked, job, source, calibration)
     planned = make_plan(source, job, _plan_data(checked, job), device=device, spill=spill is not None)
     check_memory(planned)
     batches = _batches(checked, job, source)
@@ -109,7 +109,7 @@ def plan(
     checked = load_recipe(recipe, overrides, calibration=calibration)
     source = open_source(model, trust_remote_code=trust_remote_code)
     job = make_job(checked, source)
-    check_calibration(checked, job, calibration)
+    check_calibration(checked, job, source, calibration)
     planned = make_plan(source, job, _plan_data(checked, job), device=device, spill=spill)
     result = {"model": _short(model), "recipe": checked.name, **planned}
     check_memory(planned)
@@ -259,12 +259,6 @@ def _batches(recipe: Recipe, job: Job, source: SourceModel) -> list[Tensor]:
     if Need.INPUTS not in job.method.needs:
         return []
     part = recipe.calibration
-    longest = context_length(source)
-    if longest is not None and part.seqlen > longest:
-        raise InputError(
-            f"calibration.seqlen = {part.seqlen:,} is longer than this model's context of {longest:,} tokens; "
-            "use at most that."
-        )
     return calibration_batches(
         source.tokenizer(),
         load_text(part.text, "calibration"),
@@ -276,13 +270,20 @@ def _batches(recipe: Recipe, job: Job, source: SourceModel) -> list[Tensor]:
     )
 
 
-def check_calibration(recipe: Recipe, job: Job, calibration: str | None) -> None:
-    """Refuse a calibration text that would be ignored.
+def check_calibration(recipe: Recipe, job: Job, source: SourceModel, calibration: str | None) -> None:
+    """Refuse a calibration text that would be ignored, and sequences that the model cannot read.
 
     Raises:
-        InputError: the method reads none.
+        InputError: the method reads no text, or the sequences are longer than the model's context.
     """
-    if calibration is not None and Need.INPUTS not in job.method.needs:
+    reads = Need.INPUTS in job.method.needs
+    longest = context_length(source)
+    if reads and longest is not None and recipe.calibration.seqlen > longest:
+        raise InputError(
+            f"calibration.seqlen = {recipe.calibration.seqlen:,} is longer than this model's context of "
+            f"{longest:,} tokens; use at most that."
+        )
+    if calibration is not None and not reads:
         raise InputError(
             f"the calibration text {calibration!r} would not be read: {recipe.name} needs none; leave it out."
         )

@@ -18,7 +18,7 @@ from bitfloor.evaluation.divergence import divergence
 from bitfloor.evaluation.paired import PairedResult, paired_difference
 from bitfloor.evaluation.perplexity import PerplexityResult, perplexity
 from bitfloor.pipeline.events import Event, Progress
-from bitfloor.runtime.load import load_model, load_tokenizer
+from bitfloor.runtime.load import check_model, load_model, load_tokenizer
 
 AnyPath = str | os.PathLike[str]
 
@@ -53,6 +53,9 @@ def score(model: AnyPath, baseline: AnyPath | None, scoring: Scoring, progress: 
         raise InputError("there is no text to score on; give at least one, or leave the default.")
     if scoring.divergence and baseline is None:
         raise InputError("the divergence is measured from a float model; name it as the baseline.")
+    for name in (model, baseline):
+        if name is not None:
+            check_model(name, trust_remote_code=scoring.trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=scoring.trust_remote_code)
     sources = [load_text(text, "evaluation") for text in scoring.texts]
     cut = [evaluation_windows(tokenizer, s, windows=scoring.windows, seqlen=scoring.seqlen) for s in sources]

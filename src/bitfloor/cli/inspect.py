@@ -23,6 +23,9 @@ def inspect(
         return
     headings = ("layer", "shape", "bits", "group", "bytes", "bits/weight", "block error", "time")
     display(table(headings, (_row(layer) for layer in found.layers)), summary(found))
+    fallbacks = [(layer.name, layer.note) for layer in found.layers if layer.note]
+    if fallbacks:
+        display(pairs([("fallbacks", str(len(fallbacks))), *fallbacks]))
 
 
 def summary(found: Inspection) -> Table:

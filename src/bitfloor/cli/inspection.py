@@ -39,6 +39,7 @@ class Layer:
         nbytes: stored bytes, scales, zero-points and all; an order shared with another matrix is counted there.
         block_error: relative squared error of its block's output, None when the report has none.
         seconds: time spent on it, None when this machine does not remember the run.
+        note: a fallback that was taken, None when there was none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Layer:
     nbytes: int
     block_error: float | None
     seconds: float | None
+    note: str | None = None
 
     @property
     def weights(self) -> int:
@@ -138,9 +140,8 @@ def inspect_folder(folder: Path) -> Inspection:
 def _layer(name: str, layout: Mapping[str, Any], nbytes: int, facts: Mapping[str, Any]) -> Layer:
     segments = tuple({key: int(part[key]) for key in ("bits", "columns", "group_size")} for part in layout["segments"])
     rows, columns = layout["shape"]
-    return Layer(
-        name, layout["kind"], (rows, columns), segments, nbytes, facts.get("block_error"), facts.get("seconds")
-    )
+    told = (facts.get("block_error"), facts.get("seconds"), facts.get("note"))
+    return Layer(name, layout["kind"], (rows, columns), segments, nbytes, *told)
 
 
 def _totals(

@@ -41,8 +41,9 @@ def write_checkpoint(
     for part in parts:
         writer.add_artifact(journal.path(part))
     files = writer.write()
-    copy_companions(source.path, out)
+    companions = copy_companions(source.path, out)
     report = {**make_report(source, job, assignment, facts), "made_from": journal.fingerprint, "files": files}
+    report["companions"] = companions
     write_json(out / REPORT, report)
     recipe = {"name": job.recipe_name, "sha256": job.recipe_sha256}
     quantization = build_config(layouts, tied=tied, kept=kept, recipe=recipe)

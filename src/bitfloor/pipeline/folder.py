@@ -13,7 +13,8 @@ from typing import Any
 
 from bitfloor.core.errors import InputError
 from bitfloor.formats.atomic import atomic_file, make_folder, read_json, storage_error
-from bitfloor.pipeline.journal import FOLDER
+from bitfloor.formats.headers import INDEX
+from bitfloor.pipeline.journal import FOLDER, is_journal
 
 try:
     import fcntl
@@ -44,7 +45,7 @@ def finished_report(out: Path) -> dict[str, Any] | None:
         report = read_json(out / REPORT)
         if not isinstance(report, dict):
             raise InputError(f"{out / REPORT} is damaged; copy the checkpoint again, or remove the folder.")
-        return report
+        return report if "made_from" in report else None
     return None
 
 
@@ -65,7 +66,7 @@ def prepare(out: Path, *, resume: bool) -> dict[str, Any] | None:
         raise storage_error(error, out) from error
     entries = [name for name in names if not name.startswith(PROBE)]  # left behind by a run killed while probing
     report = finished_report(out)
-    ours = FOLDER in entries or report is not None
+    ours = is_journal(out / FOLDER) or report is not None
     if entries and not ours:
         raise InputError(
             f"{out} is not empty (it holds {entries[0]!r}) and is not a bitfloor run; choose a new or empty folder."
@@ -102,13 +103,17 @@ def only_writer(out: Path) -> Iterator[None]:
 
 
 def clear_finished(out: Path) -> None:
-    """Remove a finished checkpoint that is to be replaced; ``config.json`` goes first."""
-    for pattern in ("config.json", REPORT, "model*.safetensors", "model*.safetensors.index.json", *COMPANIONS):
-        for path in out.glob(pattern):
-            try:
-                path.unlink()
-            except OSError as error:
-                raise storage_error(error, path) from error
+    """Remove a finished checkpoint that is to be replaced, and nothing else; ``config.json`` goes first."""
+    report = finished_report(out)
+    if report is None:
+        return
+    shards = [*report.get("files", {}), INDEX]
+    for name in ("config.json", *shards, *report.get("companions", ()), REPORT):
+        path = out / Path(name).name
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(error, path) from error
 
 
 def damaged_file(out: Path, report: Mapping[str, Any]) -> str | None:

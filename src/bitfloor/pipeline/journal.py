@@ -11,6 +11,7 @@ such a file or a temporary one that the next attempt overwrites. A file that doe
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from bitfloor.formats.files import CorruptArtifact, read_artifact, verify_artifa
 FOLDER = ".bitfloor"
 RUN = "run.json"
 ENDS = "ends"
+PARTS = re.compile(r"(block-\d{5}|ends)\.safetensors(\.tmp)?|run\.json\.tmp")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ class Entry:
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+
+
+def is_journal(folder: Path) -> bool:
+    """Whether a folder is a journal: one that was begun, or what is left of one that was being removed."""
+    if not folder.is_dir():
+        return False
+    names = [path.name for path in folder.iterdir()]
+    return RUN in names or all(PARTS.fullmatch(name) for name in names)
 
 
 def part_name(block: int) -> str:

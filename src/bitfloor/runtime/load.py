@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging
 
 from bitfloor.core.errors import InputError
+from bitfloor.formats.checkpoint import read_checkpoint
 from bitfloor.formats.detect import Kind, detect
 from bitfloor.modeling.loader import open_source
 from bitfloor.modeling.locate import locate
@@ -37,8 +38,10 @@ def load_model(
     """
     if is_packed(model):
         return load_packed(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    # Opening it as a source first turns every kind of bad input into a sentence, before gigabytes are read.
-    folder = open_source(model, trust_remote_code=trust_remote_code).path
+    # Opening it as a source first turns every kind of bad input into a sentence.
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    source.check_finite()
+    folder = source.path
     logging.disable_progress_bar()  # it would write over the command line's own progress
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
@@ -49,6 +52,18 @@ def load_model(
 def is_packed(model: str | os.PathLike[str]) -> bool:
     """Whether a path holds a bitfloor checkpoint (anything else, hub ids included, is a float model or an error)."""
     return detect(model).kind is Kind.NATIVE
+
+
+def check_model(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -> None:
+    """Refuse a model that cannot be loaded, from its configuration and headers, before anything expensive.
+
+    Raises:
+        InputError: the reason.
+    """
+    if is_packed(model):
+        read_checkpoint(model)
+    else:
+        open_source(model, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -63,7 +78,7 @@ def load_tokenizer(model: str | os.PathLike[str], *, trust_remote_code: bool = F
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # tokenizer classes raise many kinds on missing or damaged files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
         message = f"{folder} has no usable tokenizer ({reason}); put tokenizer.json beside the weights."
         raise InputError(message) from error
     return tokenizer

@@ -62,10 +62,23 @@ def test_what_is_not_ours_is_refused_and_left_alone(resume: bool, tmp_path: Path
 
 def test_clearing_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) -> None:
     finish(tmp_path)
-    (tmp_path / "my-notes.md").write_text("mine")
+    report = {"made_from": {}, "files": {"model-00001-of-00002.safetensors": "0"}, "companions": ["tokenizer.json"]}
+    (tmp_path / "bitfloor.json").write_text(json.dumps(report))
+    (tmp_path / "tokenizer_mine.txt").write_text("mine")
     (tmp_path / ".bitfloor").mkdir()
     clear_finished(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".bitfloor", "my-notes.md"]
+    # The licence lay there before: this run did not copy one.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".bitfloor", "LICENSE", "tokenizer_mine.txt"]
+    clear_finished(tmp_path)
+    assert (tmp_path / "LICENSE").exists()
+
+
+def test_a_hidden_folder_of_something_else_makes_nothing_ours(tmp_path: Path) -> None:
+    (tmp_path / ".bitfloor").mkdir()
+    assert prepare(tmp_path, resume=True) is None  # a run that was killed before it wrote anything
+    (tmp_path / ".bitfloor" / "settings.toml").write_text("")
+    with pytest.raises(InputError, match="is not a bitfloor run"):
+        prepare(tmp_path, resume=True)
 
 
 def test_companions_are_copied_and_weights_and_code_are_not(tmp_path: Path) -> None:

@@ -124,10 +124,11 @@ def main() -> int:
     show(float_words, results)
     last = options.out / RUNS[-1][0]
     print(f"\ntotal: {time.perf_counter() - BEGAN:.0f} s\n\nNext:")
-    print(f"  bitfloor inspect {last}")
-    print(f'  bitfloor generate {last} "Once upon a time"')
-    print(f"  bitfloor quantize {model} --out out/two-bits --recipe gptq-w2g64")
-    print(f"  bitfloor eval out/two-bits --baseline {model}")
+    program = Path(sys.executable).parent / "bitfloor"  # of the environment this runs in
+    print(f"  {program} inspect {last}")
+    print(f'  {program} generate {last} "Once upon a time"')
+    print(f"  {program} quantize {model} --out out/two-bits --recipe gptq-w2g64")
+    print(f"  {program} eval out/two-bits --baseline {model}")
     return 0
 
 

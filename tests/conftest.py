@@ -8,6 +8,8 @@ import pytest
 
 # Set before anything imports torch or transformers; processes that tests start inherit them.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", NO_COLOR="1")
+# Models this small gain nothing from a second thread, and on a busy machine threads that wait for each other take ages.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE"):
     os.environ.pop(name, None)
 

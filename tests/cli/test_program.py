@@ -47,16 +47,17 @@ def test_light_commands_import_nothing_heavy(folder: Folder, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("index", [0, 4, 8])
 def test_light_commands_start_quickly(folder: Folder, tmp_path: Path, index: int) -> None:
-    command = light_commands(folder, tmp_path)[index]
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([*PROGRAM, *command], check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-    # The promise is 0.5 s on an idle machine. CPU time, best of three, with half as much again: a machine shared with
-    # other work runs each instruction slower. Importing torch alone takes more than a second of it.
-    assert min(seconds) < 0.75
+    command = [*PROGRAM, *light_commands(folder, tmp_path)[index]]
+    # The promise is 0.5 s on an idle machine, where importing torch takes 1.6 s and more. A machine shared with other
+    # work runs everything slower alike, so what is tested is the share: under a third of that import, best of three.
+    assert min(cpu_seconds(command) for _ in range(3)) < cpu_seconds([sys.executable, "-c", "import torch"]) / 3
+
+
+def cpu_seconds(command: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 @pytest.mark.parametrize(

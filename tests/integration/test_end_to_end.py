@@ -74,7 +74,7 @@ def test_the_report_counts_the_bytes_in_the_files(trained: Path, quantized: Fold
 def test_the_report_says_what_was_done(quantized: Folder) -> None:
     report = json.loads((quantized("gptq", 3) / "bitfloor.json").read_text())
     assert set(report) == {
-        *("recipe_name", "recipe_sha256", "recipe", "matrices", "kept", "made_from"),
+        *("recipe_name", "recipe_sha256", "recipe", "matrices", "kept", "made_from", "files", "companions"),
         *("bits_per_linear_weight", "bits_per_parameter", "bytes", "parameters", "bytes_at_16_bits"),
     }
     assert set(report["bytes"]) == {"total", "linears", "embeddings", "other"}

@@ -42,7 +42,7 @@ def gguf_to_folder(path: Path, cache_dir: Path | None = None) -> Path:
     """
     digest = _sha256(path)
     if not is_gguf_available():
-        raise InputError(f"reading {path} needs the gguf package; install it with: pip install 'bitfloor[gguf]'.")
+        raise InputError(f"reading {path} needs the gguf package; install it with: pip install gguf.")
     folder = cache_root(cache_dir) / digest[:16]
     if (folder / _MARKER).is_file():
         return folder

@@ -3,10 +3,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Byte code is made when a module is first imported; making all of it takes longer than the tests need.
+# Byte code is made when a module is first imported; making all of it takes longer than the tests need. An environment
+# that forbids writing it would make every program start slowly, so that wish is not passed on.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compile
 STAMP := $(VENV)/stamps
 export PYTHONPATH :=
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup test test-full lint demo clean
 .DEFAULT_GOAL := test

@@ -115,7 +115,7 @@ def main() -> int:
     model = os.fspath(model)
     print(f"model: {Path(model).name}")
     try:
-        with step("generating with the float model (a .gguf file is dequantized into the cache on first use)"):
+        with step("generating with the float model (a .gguf file is first dequantized into the cache: a quiet minute)"):
             float_words = generate(model, PROMPT, max_new_tokens=NEW_TOKENS)
         results = {name: compare(model, options.out / name, name, overrides) for name, _, overrides in RUNS}
     except BitfloorError as error:

@@ -10,7 +10,8 @@ import pytest
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", NO_COLOR="1")
 # Models this small gain nothing from a second thread, and on a busy machine threads that wait for each other take ages.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE"):
+# Programs that tests start may keep their byte code: start times are promised for a program that was started before.
+for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)
 
 

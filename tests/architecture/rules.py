@@ -34,6 +34,7 @@ LEVELS = {
     # The package itself is a lazy face of the api; its plug-in names the module that registers with transformers.
     "_plugin": 6,
     "__init__": 7,
+    "__main__": 8,
 }
 
 # Where a third-party package may be imported: folders end in "/", files do not. Everything else is refused.
@@ -51,7 +52,7 @@ HOMES: dict[str, tuple[str, ...]] = {
 # Optional extras and conveniences: wherever they are needed, but in one file only.
 ONE_SITE = ("gguf", "pyarrow", "datasets", "accelerate", "huggingface_hub", "numpy")
 # These must start fast; what they need of torch they reach through the api, inside a command.
-WITHOUT_TORCH = ("cli/", "recipe/", "formats/headers.py", "formats/layout.py", "formats/atomic.py", "_plugin.py")
+WITHOUT_TORCH = ("cli/", "recipe/", "core/headers.py", "formats/layout.py", "formats/atomic.py", "_plugin.py")
 
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "shared", "tools"}
 MAX_LINES = 400

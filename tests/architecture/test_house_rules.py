@@ -76,7 +76,7 @@ BAD = [
     (rules.wrong_homes, "recipe/a.py", "import typer"),
     (rules.wrong_homes, "ops/cpu.py", "import triton.language as tl"),
     (rules.wrong_homes, "cli/a.py", "def f():\n    import torch"),
-    (rules.wrong_homes, "formats/headers.py", "from torch import Tensor"),
+    (rules.wrong_homes, "core/headers.py", "from torch import Tensor"),
     (rules.too_large, "core/a.py", "x = 1\n" * 401),
     (rules.too_large, "core/a.py", "def f():\n" + "    x = 1\n" * 100),
     (without_exemptions, "core/a.py", f"def f({MANY}) -> None: ..."),

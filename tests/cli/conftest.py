@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bitfloor.cli.main import main
-from bitfloor.formats.headers import build_header, byte_count
+from bitfloor.core.headers import build_header, byte_count
 from bitfloor.formats.layout import build_config
 
 

@@ -11,6 +11,7 @@ import pytest
 from cli.conftest import Folder, Run
 
 from bitfloor import api
+from bitfloor.cli.quantize import block_of
 from bitfloor.core.errors import BitfloorError, InputError
 from bitfloor.pipeline.events import Event
 
@@ -52,7 +53,7 @@ def test_quantize_passes_everything_on_and_sums_up(run: Run, fake: Any, folder: 
         "note: model.layers.2.up: fell back",
     ]
     assert "bitfloor generate" in outcome.err and "3 matrices, 1 kept" in outcome.out
-    assert "0.25 (block of model.layers.2.up)" in outcome.out
+    assert "0.25 (model.layers.2)" in outcome.out
 
 
 def test_quantize_defaults(run: Run, fake: Any, folder: Folder) -> None:
@@ -223,3 +224,15 @@ def test_debug_adds_the_traceback_wherever_it_stands(run: Run, fake: Any, argume
     fake.plan.side_effect = InputError("no.")
     outcome = run(*arguments)
     assert outcome.code == 2 and "Traceback" in outcome.err and outcome.err.endswith("error: no.\n")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "block"),
+    [
+        ("model.layers.3.mlp.up_proj", "model.layers.3"),
+        ("transformer.h.11.mlp.experts.2.c_fc", "transformer.h.11"),
+        ("lm_head", "lm_head"),
+    ],
+)
+def test_the_block_of_a_matrix(matrix: str, block: str) -> None:
+    assert block_of(matrix) == block

@@ -79,6 +79,11 @@ def test_wrong_usage_is_a_sentence_and_exit_2(run: Run, arguments: list[str], sa
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "bitfloor", "recipes", "show", "nope"], capture_output=True, text=True)
+    assert done.returncode == 2 and "nope" in done.stderr
+
+
 def test_help_names_every_command(run: Run) -> None:
     outcome = run()
     assert outcome.code == 0 and outcome == run("--help")

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from bitfloor.calib.capture import Call
 from bitfloor.calib.watch import Watcher, same_input_key
 from bitfloor.core.errors import BitfloorError
+from bitfloor.core.heap import trim_heap
 from bitfloor.core.spec import MatrixRef
 
 Groups = list[tuple[str, ...]]
@@ -127,6 +128,7 @@ class BlockRunner:
                 )
                 with watcher.running(replaced, wanted if wanted <= self._once else None):
                     self._run(x, batch, replaced)
+        trim_heap()
 
     def input_groups(self, x: Tensor, batch: int = 0) -> Groups:
         """Matrices that are fed by the same tensor, found by running one batch with every input kept alive.

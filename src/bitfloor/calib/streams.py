@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -77,10 +78,12 @@ class Stream:
         return 4 * sum(shape.numel() for shape in self._shapes)
 
     def close(self) -> None:
-        """Drop the contents and delete the files that were written."""
+        """Drop the contents, delete the files that were written, and the folder if nothing else is in it."""
         if self._folder is not None:
             for i in range(len(self)):
                 self._path(i).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._folder.rmdir()
         self._memory.clear()
         self._shapes.clear()
 

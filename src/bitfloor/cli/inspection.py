@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bitfloor.core.errors import InputError
+from bitfloor.core.headers import CONFIG, TensorEntry
 from bitfloor.formats.atomic import read_json
 from bitfloor.formats.checkpoint import check_accounting, read_checkpoint
-from bitfloor.formats.headers import CONFIG, TensorEntry
 from bitfloor.formats.layout import NativeConfig
 from bitfloor.pipeline.timing import recall
 

@@ -90,9 +90,15 @@ def _finished(out: Path, report: Mapping[str, Any]) -> None:
     facts = [("quantized", f"{len(found.layers)} matrices" + (f", {len(kept)} kept as they were" if kept else ""))]
     if blocks:
         worst = max(blocks, key=blocks.__getitem__)
-        facts.append(("largest block error", f"{in_short(blocks[worst])} (block of {worst})"))
+        facts.append(("largest block error", f"{in_short(blocks[worst])} ({block_of(worst)})"))
     display(pairs(facts))
     print_note(f'\nwrote {out}; next: bitfloor generate {out} "Once upon a time"  or  bitfloor inspect {out}')
+
+
+def block_of(matrix: str) -> str:
+    """The path of the block a matrix is in: ``model.layers.3`` of ``model.layers.3.mlp.up_proj``."""
+    found = re.match(r"(.+?\.)?\d+(?=\.)", matrix)
+    return found[0] if found else matrix
 
 
 def plan(

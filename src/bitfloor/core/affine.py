@@ -8,6 +8,7 @@ what a reader of the file computes. Widths may differ from group to group (``bit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,3 +107,28 @@ def pack(codes: Tensor, grid: Grid) -> PackedWeight:
         offset=None if grid.offset is None else grid.offset.to(grid.scale_dtype),
     )
     return PackedWeight((codes.shape[0], codes.shape[1]), (segment,))
+
+
+def join_groups(parts: Sequence[Grid], group_size: int) -> Grid:
+    """One grid from grids of one group each, in order.
+
+    Args:
+        parts: grids of ``[O, 1]``, of one storage type and one form (zero-points or offsets).
+        group_size: columns per group of the whole; the last group may be short.
+
+    Raises:
+        ValueError: some parts have zero-points and others offsets.
+    """
+    zeros = [part.zero for part in parts if part.zero is not None]
+    offsets = [part.offset for part in parts if part.offset is not None]
+    if zeros and offsets:
+        raise ValueError("groups with zero-points and groups with offsets do not fit one grid")
+    return Grid(
+        torch.cat([part.scale for part in parts], dim=1),
+        torch.cat(zeros, dim=1) if zeros else None,
+        torch.cat(offsets, dim=1) if offsets else None,
+        torch.cat([part.bits for part in parts]),
+        group_size,
+        constant_zero=all(part.constant_zero for part in parts),
+        scale_dtype=parts[0].scale_dtype,
+    )

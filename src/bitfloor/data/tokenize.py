@@ -132,7 +132,7 @@ def _document_starts(
         f"{source.name} is too short: {sequences:,} sequences of {seqlen:,} tokens are needed, and of its "
         f"{len(source.documents):,} documents {long_enough:,} are longer than {min_chars:,} characters, of which "
         f"{len(rows):,} have {seqlen:,} tokens (the longest has {longest:,}); give more text, ask for fewer or shorter "
-        "sequences, or pack the documents (a running text in a plain file: FILE:whole)."
+        "sequences, or add FILE:whole if it is one running text."
     )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bitfloor.core.errors import InputError
+from bitfloor.core.headers import CONFIG, INDEX, TensorEntry, read_header
 from bitfloor.formats.atomic import read_json
 from bitfloor.formats.detect import Kind, detect
-from bitfloor.formats.headers import CONFIG, INDEX, TensorEntry, read_header
 from bitfloor.formats.layout import NativeConfig, parse_config
 
 

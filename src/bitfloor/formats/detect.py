@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bitfloor.core.errors import InputError
+from bitfloor.core.headers import CONFIG, WEIGHT_FILES
 from bitfloor.formats.atomic import read_json
-from bitfloor.formats.headers import CONFIG, WEIGHT_FILES
 from bitfloor.formats.layout import QUANT_METHOD
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from bitfloor.core.errors import BitfloorError, InputError
+from bitfloor.core.headers import ITEM_BYTES, Header, TensorEntry, build_header, read_header
 from bitfloor.formats.atomic import atomic_file
-from bitfloor.formats.headers import ITEM_BYTES, Header, TensorEntry, build_header, read_header
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,

@@ -17,10 +17,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from bitfloor.core.errors import BitfloorError
-from bitfloor.formats.atomic import atomic_file, make_folder, storage_error, write_json
-from bitfloor.formats.checkpoint import check_accounting, check_tensors, read_entries, shard_paths
-from bitfloor.formats.files import describe_tensor, read_chunks, storage_order, tensor_bytes, verify_artifact
-from bitfloor.formats.headers import (
+from bitfloor.core.headers import (
     CONFIG,
     INDEX,
     WEIGHT_FILES,
@@ -29,6 +26,9 @@ from bitfloor.formats.headers import (
     byte_count,
     read_header,
 )
+from bitfloor.formats.atomic import atomic_file, make_folder, storage_error, write_json
+from bitfloor.formats.checkpoint import check_accounting, check_tensors, read_entries, shard_paths
+from bitfloor.formats.files import describe_tensor, read_chunks, storage_order, tensor_bytes, verify_artifact
 from bitfloor.formats.layout import parse_config
 
 MAX_SHARD_BYTES = 2_000_000_000

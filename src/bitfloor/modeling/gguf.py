@@ -99,7 +99,8 @@ def _dequantize(path: Path, folder: Path) -> None:
     except Exception as error:  # transformers and gguf raise many kinds on unknown or damaged files
         if isinstance(error, OSError) and error.errno is not None:  # the system's own: no space, no permission
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        known = isinstance(error, (ValueError, NotImplementedError, OSError)) and "GGUF" in str(error).upper()
+        reason = str(error).strip().splitlines()[0].rstrip(".") if known else "it is damaged, or of an unknown kind"
         raise InputError(
             f"{path} cannot be dequantized by transformers ({reason}); give the float model instead."
         ) from error

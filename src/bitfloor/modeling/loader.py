@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bitfloor.core.errors import BitfloorError, InputError
+from bitfloor.core.heap import trim_heap
 from bitfloor.modeling.accounting import check_accounting
 from bitfloor.modeling.discover import ModelMap, describe
-from bitfloor.modeling.heap import trim_heap
 from bitfloor.modeling.locate import locate
 from bitfloor.modeling.mapping import WeightGroup, WeightMapping
 from bitfloor.modeling.shards import TensorInfo, list_tensors, read_tensor, same_bytes

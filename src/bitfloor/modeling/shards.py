@@ -1,6 +1,6 @@
 """Source weights on disk: which safetensors files there are, what their headers promise, and one tensor at a time.
 
-The headers are parsed here rather than by the safetensors package for two reasons. A damaged file must become a
+Headers and tensors are read here rather than by the safetensors package for two reasons. A damaged file must become a
 sentence that names the file and the byte, not a Rust error; and tensors must be read into fresh memory, because a
 memory map that stays alive makes resident memory grow with every block that has been touched.
 """
@@ -8,9 +8,7 @@ memory map that stays alive makes resident memory grow with every block that has
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfloor.core import headers
 from bitfloor.core.errors import BitfloorError, InputError
 
-_INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# The safetensors format itself limits a header to 100 MB; a larger length is a damaged file.
-_HEADER_LIMIT = 100_000_000
 _PIECE = 1 << 24
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -84,7 +80,7 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
         InputError: no weights, only pickled weights, a shard missing from the folder or from the index, or a damaged
             header.
     """
-    index = folder / _INDEX
+    index = folder / headers.INDEX
     if index.is_file():
         return _from_index(index)
     if (folder / _SINGLE).is_file():
@@ -97,7 +93,7 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     shards = sorted(p.name for p in folder.glob("*.safetensors"))
     if shards:
         raise InputError(
-            f"{folder} holds {shards[0]} but no {_INDEX}; the index is needed to know that no shard is missing."
+            f"{folder} holds {shards[0]} but no {headers.INDEX}; the index is needed to know that no shard is missing."
         )
     pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern) if p.name != "training_args.bin")
     if pickles:
@@ -106,7 +102,7 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
             "safetensors first "
             "(save_pretrained writes it)."
         )
-    raise InputError(f"{folder} has a config.json but no weights; {_SINGLE} or {_INDEX} is needed.")
+    raise InputError(f"{folder} has a config.json but no weights; {_SINGLE} or {headers.INDEX} is needed.")
 
 
 def _from_index(index: Path) -> dict[str, TensorInfo]:
@@ -122,74 +118,35 @@ def _from_index(index: Path) -> dict[str, TensorInfo]:
             raise InputError(f"{index} names the shard {name}, which is not there; download the checkpoint again.")
     for stray in sorted(p.name for p in folder.iterdir() if _SHARD.fullmatch(p.name)):
         if stray not in files:
-            raise InputError(f"the shard {folder / stray} is missing from {_INDEX}; download the checkpoint again.")
+            raise InputError(
+                f"the shard {folder / stray} is missing from {headers.INDEX}; download the checkpoint again."
+            )
     tensors: dict[str, TensorInfo] = {}
     for name in files:
         for key, info in read_header(folder / name).items():
             if weight_map.get(key) != name:
                 raise InputError(
-                    f"{folder / name} holds the tensor {key}, but {_INDEX} places it in {weight_map.get(key)}."
+                    f"{folder / name} holds the tensor {key}, but {headers.INDEX} places it in {weight_map.get(key)}."
                 )
             tensors[key] = info
     for key, name in weight_map.items():
         if key not in tensors:
-            raise InputError(f"{_INDEX} places the tensor {key} in {name}, which does not hold it.")
+            raise InputError(f"{headers.INDEX} places the tensor {key} in {name}, which does not hold it.")
     return tensors
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Parse and check one safetensors header without touching the data.
+    """The tensors of one safetensors file, from its checked header; the data is not touched.
 
     Raises:
-        InputError: unreadable, truncated, or inconsistent file, named with what is wrong.
+        InputError: unreadable, truncated, or inconsistent file, or a type that cannot be weights, named.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(size - 8, _HEADER_LIMIT):
-                raise InputError(
-                    f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the "
-                    f"file has {size}."
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}.") from error
-    try:
-        header = json.loads(raw)
-        entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        tensors = {k: _entry(path, k, v, 8 + length, size) for k, v in entries.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} has a corrupt header ({error}); download the file again.") from error
-    _check_layout(path, list(tensors.values()), 8 + length, size)
+    tensors = {}
+    for name, entry in headers.read_header(path).tensors.items():
+        if entry.dtype not in _DTYPES:
+            raise InputError(f"{path}: the tensor {name} has type {entry.dtype}, which bitfloor cannot read.")
+        tensors[name] = TensorInfo(name, path, _DTYPES[entry.dtype], entry.shape, entry.start, entry.stop)
     return tensors
-
-
-def _entry(path: Path, name: str, entry: Mapping[str, Any], base: int, size: int) -> TensorInfo:
-    if entry["dtype"] not in _DTYPES:
-        raise InputError(f"{path}: the tensor {name} has dtype {entry['dtype']}, which bitfloor cannot read.")
-    dtype = _DTYPES[entry["dtype"]]
-    shape = tuple(int(d) for d in entry["shape"])
-    begin, end = (int(v) for v in entry["data_offsets"])
-    if base + end > size:
-        raise InputError(f"{path} is truncated: the tensor {name} ends at byte {base + end}, the file has {size}.")
-    if min((begin, *shape), default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise InputError(f"{path} is corrupt: the tensor {name} has shape {list(shape)} but {end - begin} bytes.")
-    return TensorInfo(name, path, dtype, shape, base + begin, base + end)
-
-
-def _check_layout(path: Path, tensors: list[TensorInfo], base: int, size: int) -> None:
-    """Tensors must tile the data exactly: overlapping tensors are the mark of a damaged header."""
-    position = base
-    for info in sorted(tensors, key=lambda t: (t.start, t.stop)):
-        if info.start != position:
-            raise InputError(
-                f"{path} is corrupt: the tensor {info.name} begins at byte {info.start}, not at {position}."
-            )
-        position = info.stop
-    if position != size:
-        raise InputError(f"{path} is corrupt: its tensors end at byte {position}, the file has {size}.")
 
 
 def read_tensor(info: TensorInfo) -> Tensor:

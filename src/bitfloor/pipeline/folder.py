@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bitfloor.core.errors import InputError
+from bitfloor.core.headers import INDEX
 from bitfloor.formats.atomic import atomic_file, make_folder, read_json, storage_error
-from bitfloor.formats.headers import INDEX
 from bitfloor.pipeline.journal import FOLDER, is_journal
 
 try:

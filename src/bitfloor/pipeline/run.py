@@ -71,6 +71,7 @@ class Run:
         self._calls: Sequence[Sequence[Call]] = ()
         self._float: Stream | None = None
         self._quantized: Stream | None = None
+        self._streams: list[Stream] = []  # whatever was opened, to be closed however the run ends
 
     def execute(self) -> None:
         """Make every part that the journal lacks.
@@ -88,21 +89,26 @@ class Run:
             self.journal.put(ENDS, make_ends(self.source, self.assignment, self.options.device))
         if not missing:
             return
-        with torch.no_grad():
-            self._prepare_streams()
-            made = 0
-            started = time.perf_counter()
-            for k in range(missing[-1] + 1):
-                if k in missing:
-                    self._make(k, last=k == missing[-1])
-                    made += 1
-                    pace = (time.perf_counter() - started) / made
-                    self._tell_block(k, eta=pace * (len(missing) - made))
-                elif self._float is not None:
-                    self._replay(k)
-        for stream in (self._float, self._quantized):
-            if stream is not None:
+        try:
+            with torch.no_grad():
+                self._prepare_streams()
+                self._through(missing)
+        finally:
+            for stream in self._streams:
                 stream.close()
+
+    def _through(self, missing: Sequence[int]) -> None:
+        """Make the missing blocks; lead the streams through those before them that are there."""
+        made = 0
+        started = time.perf_counter()
+        for k in range(missing[-1] + 1):
+            if k in missing:
+                self._make(k)
+                made += 1
+                pace = (time.perf_counter() - started) / made
+                self._tell_block(k, eta=pace * (len(missing) - made))
+            elif self._float is not None:
+                self._replay(k)
 
     # -- streams -------------------------------------------------------------------------------------------------
 
@@ -114,22 +120,25 @@ class Run:
         source.load_outer(device, head=False)
         try:
             batches = [batch.to(device) for batch in self.batches]
-            spilled = Stream(folder=self._spill("float"))
-            captured = capture(source.skeleton, source.map.blocks_path, batches, spilled)
+            captured = capture(source.skeleton, source.map.blocks_path, batches, self._new_stream("float"))
             self._calls, self._float = captured.calls, captured.hidden
             embedding = source.map.embedding
             if embedding is not None and embedding.name in self.assignment.specs:
                 table = source.skeleton.get_parameter(embedding.param)
                 decode_table(self.journal.get(ENDS), embedding.name, table)
-                spilled = Stream(folder=self._spill("quantized"))
-                self._quantized = capture(source.skeleton, source.map.blocks_path, batches, spilled).hidden
+                again = capture(source.skeleton, source.map.blocks_path, batches, self._new_stream("quantized"))
+                self._quantized = again.hidden
             else:
-                self._quantized = Stream(self._float, self._spill("quantized"))
+                self._quantized = self._new_stream("quantized")
+                for batch in self._float:
+                    self._quantized.append(batch)
         finally:
             source.release_outer()
 
-    def _spill(self, name: str) -> Path | None:
-        return None if self.options.spill is None else self.options.spill / name
+    def _new_stream(self, name: str) -> Stream:
+        stream = Stream(folder=None if self.options.spill is None else self.options.spill / name)
+        self._streams.append(stream)
+        return stream
 
     # -- blocks --------------------------------------------------------------------------------------------------
 
@@ -138,7 +147,7 @@ class Run:
         calls = list(self._calls[k]) if self._calls else []
         return module, BlockRunner(module, self.source.map.block_path(k), self.source.map.block_matrices(k), calls)
 
-    def _make(self, k: int, last: bool) -> None:
+    def _make(self, k: int) -> None:
         """Quantize block ``k`` and journal it."""
         began = time.perf_counter()
         _, runner = self._open(k)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from bitfloor.formats.headers import byte_count
+from bitfloor.core.headers import byte_count
 from bitfloor.formats.layout import tensor_names
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.job import Assignment

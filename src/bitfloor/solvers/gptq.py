@@ -9,23 +9,42 @@
 
     w_k <- w_k - e_j U_jk          for all k after j              (GPTQ, equation 2 with algorithm 1's factor)
 
-Deviations: the order of columns may follow the diagonal of ``H`` (largest first) while the groups stay those of the
-natural order with grids fixed beforehand ("static groups"), so the file needs no column order; the factor is obtained
-in float64; damping is raised tenfold, and reported, when the factorisation fails.
+The grid of a group is either given beforehand ("static groups") or found when the sweep reaches the group, from the
+weights as the errors of the columns before have moved them: the paper's way, and the better one at few bits, where
+they move far.
+
+Deviations: in order of falling diagonal of ``H``, groups stay those of the natural order, so the file needs no column
+order (with static groups the columns are taken one by one, otherwise group by group and by columns inside a group);
+the factor is obtained in float64; damping is raised tenfold, and reported, when the factorisation fails.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bitfloor.core.affine import Grid
+from bitfloor.core.affine import Grid, join_groups
 from bitfloor.core.errors import BitfloorError
-from bitfloor.core.linalg import inverse_factor
+from bitfloor.core.linalg import all_finite, inverse_factor
 
 BLOCK = 128
+
+
+@dataclass(frozen=True)
+class GridSearch:
+    """How to find the grid of a group when the sweep reaches it.
+
+    Args:
+        group_size: columns per group; the last group may be short.
+        find: called as ``find(group, weights [O, g], columns [g])`` with the index of the group, its updated weights
+            in natural order and their column numbers; returns a grid of one group.
+    """
+
+    group_size: int
+    find: Callable[[int, Tensor, Tensor], Grid]
 
 
 @dataclass(frozen=True)
@@ -34,66 +53,112 @@ class GptqResult:
 
     Args:
         codes: ``[O, I]`` uint8, natural column order.
+        grid: the grid of the codes: the one given, or the one found.
         damping: the relative damping that was used in the end.
     """
 
     codes: Tensor
+    grid: Grid
     damping: float
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.01, act_order: bool = True) -> GptqResult:
-    """Codes of ``weight`` on ``grid`` that keep ``W X`` rather than ``W``.
+def gptq(
+    weight: Tensor, hessian: Tensor, grid: Grid | GridSearch, *, damping: float = 0.01, act_order: bool = True
+) -> GptqResult:
+    """Codes of ``weight`` that keep ``W X`` rather than ``W``.
 
     Args:
         weight: ``[O, I]`` float32; not changed.
         hessian: ``[I, I]`` ``X^T X`` in any scale, float32 or float64; not changed. Channels whose diagonal is zero
             never see an input: they are rounded to nearest and take part in nothing.
-        grid: the grid of the matrix; widths may differ from group to group.
+        grid: the grid of the matrix, or how to find it; widths may differ from group to group.
         damping: added to the diagonal, relative to its mean. Raised tenfold until the factorisation succeeds.
-        act_order: treat columns in order of falling diagonal.
+        act_order: treat columns (with a :class:`GridSearch` groups, and columns inside them) in order of falling
+            diagonal.
 
     Raises:
         BitfloorError: the Hessian is not finite, or cannot be factorised at any damping.
     """
-    columns = weight.shape[1]
-    diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(torch.stack(hessian.aminmax())).all()):  # the extremes carry a NaN from anywhere
+    if not all_finite(hessian):
         raise BitfloorError("the Hessian holds NaN or Inf: the calibration activations overflowed; check the model.")
-    order = (
-        torch.argsort(diagonal, descending=True, stable=True)
-        if act_order
-        else torch.arange(columns, device=weight.device)
-    )
+    columns = weight.shape[1]
+    groups = torch.arange(columns, device=weight.device) // grid.group_size
+    order = _order(hessian.diagonal(), groups, act_order, whole_groups=isinstance(grid, GridSearch))
     factor, used = inverse_factor(hessian[order][:, order], damping)
-    scale, shift, top = (part[..., order] for part in grid.columns(columns))
-    codes = _sweep(weight.float()[:, order].contiguous(), factor.float(), scale, shift, top)
-    out = torch.empty_like(codes)
-    out[:, order] = codes
-    return GptqResult(out, used)
+    factor = factor.float()
+    sweep = _Sweep(weight.float()[:, order], factor)
+    if isinstance(grid, Grid):
+        sweep.through(0, columns, grid, groups[order])
+    else:
+        grid = _find_and_sweep(sweep, grid, order, groups[order])
+    codes = torch.empty_like(sweep.codes)
+    codes[:, order] = sweep.codes
+    return GptqResult(codes, grid, used)
 
 
-def _sweep(work: Tensor, factor: Tensor, scale: Tensor, shift: Tensor, top: Tensor) -> Tensor:
-    """The column loop on permuted operands; ``work`` is consumed. Errors leave a block in one matrix product."""
-    columns = work.shape[1]
-    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    # Column-major copies: the loop then reads and writes contiguous rows.
-    shift, scale = shift.T.contiguous(), scale.T.contiguous()
-    limits = top.tolist()
-    for begin in range(0, columns, BLOCK):
-        end = min(begin + BLOCK, columns)
-        block = work[:, begin:end].T.contiguous()  # [block, O]
-        local = factor[begin:end, begin:end]
+def _order(diagonal: Tensor, groups: Tensor, act_order: bool, *, whole_groups: bool) -> Tensor:
+    """Column numbers in the order of the sweep."""
+    if not act_order:
+        return torch.arange(len(diagonal), device=diagonal.device)
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    if not whole_groups:
+        return order
+    total = torch.zeros(int(groups[-1]) + 1, dtype=torch.float64, device=diagonal.device)
+    total.index_add_(0, groups, diagonal.double())
+    rank = torch.empty_like(total, dtype=torch.int64)
+    rank[torch.argsort(total, descending=True, stable=True)] = torch.arange(len(total), device=diagonal.device)
+    return order[torch.argsort(rank[groups[order]], stable=True)]
+
+
+def _find_and_sweep(sweep: _Sweep, search: GridSearch, order: Tensor, groups: Tensor) -> Grid:
+    """Group by group: find the grid, sweep the group's columns."""
+    found: dict[int, Grid] = {}
+    numbers, counts = torch.unique_consecutive(groups, return_counts=True)
+    begin = 0
+    for group, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+        at = order[begin : begin + count]
+        natural = torch.argsort(at)
+        found[group] = search.find(group, sweep.work[:, begin : begin + count][:, natural], at[natural])
+        sweep.through(begin, begin + count, found[group], torch.zeros_like(at))
+        begin += count
+    return join_groups([found[group] for group in sorted(found)], search.group_size)
+
+
+class _Sweep:
+    """The column loop on permuted operands. Errors leave a block in one matrix product.
+
+    Args:
+        work: ``[O, I]`` weights in the order of the sweep; consumed. Columns not yet swept are up to date after each
+            call of :meth:`through`.
+        factor: ``[I, I]`` float32, ``U`` in the same order.
+    """
+
+    def __init__(self, work: Tensor, factor: Tensor) -> None:
+        self.work = work.contiguous()
+        self.factor = factor
+        self.codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+
+    def through(self, begin: int, end: int, grid: Grid, groups: Tensor) -> None:
+        """Fix columns ``begin`` to ``end``; ``groups [end - begin]`` says which group of ``grid`` each belongs to."""
+        scales, shifts, tops = grid.scale.T, grid.shift.T, grid.max_code
+        for first in range(begin, end, BLOCK):
+            last = min(first + BLOCK, end)
+            own = groups[first - begin : last - begin]
+            # One row per column, so that the loop reads and writes contiguous memory.
+            self._block(first, last, scales[own].contiguous(), shifts[own].contiguous(), tops[own].tolist())
+
+    def _block(self, first: int, last: int, scale: Tensor, shift: Tensor, limits: Sequence[float]) -> None:
+        block = self.work[:, first:last].T.contiguous()  # [block, O]
+        local = self.factor[first:last, first:last]
         pivots = local.diagonal().tolist()
         errors = torch.empty_like(block)
-        for j in range(end - begin):
-            at = begin + j
+        for j in range(last - first):
             column = block[j]
-            code = torch.sub(column, shift[at]).div_(scale[at]).round_().clamp_(0.0, limits[at])
-            codes[:, at] = code.to(torch.uint8)
+            code = torch.sub(column, shift[j]).div_(scale[j]).round_().clamp_(0.0, limits[j])
+            self.codes[:, first + j] = code.to(torch.uint8)
             error = errors[j]
-            torch.sub(column, code.mul_(scale[at]).add_(shift[at]), out=error).div_(pivots[j])
-            if j + 1 < end - begin:
+            torch.sub(column, code.mul_(scale[j]).add_(shift[j]), out=error).div_(pivots[j])
+            if j + 1 < last - first:
                 block[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1.0)
-        if end < columns:
-            work[:, end:].addmm_(errors.T, factor[begin:end, end:], alpha=-1.0)
-    return codes
+        if last < self.work.shape[1]:
+            self.work[:, last:].addmm_(errors.T, self.factor[first:last, last:], alpha=-1.0)

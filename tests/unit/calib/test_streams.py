@@ -62,7 +62,14 @@ def test_spilled_batches_are_not_kept_in_memory(tmp_path: Path) -> None:
     first.zero_()
     assert torch.equal(stream[0], second)
     stream.close()
-    assert list(tmp_path.iterdir()) == [] and len(stream) == 0
+    assert not tmp_path.exists() and len(stream) == 0
+
+
+def test_closing_leaves_other_files_alone(tmp_path: Path) -> None:
+    stream = Stream(batches(), tmp_path)
+    (tmp_path / "mine.txt").write_text("kept")
+    stream.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_failed_write_leaves_the_old_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

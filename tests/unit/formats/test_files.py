@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from bitfloor.core.errors import BitfloorError, InputError
+from bitfloor.core.headers import ITEM_BYTES, read_header
 from bitfloor.formats import atomic
 from bitfloor.formats.files import (
     CHECKSUM,
@@ -22,7 +23,6 @@ from bitfloor.formats.files import (
     verify_artifact,
     write_artifact,
 )
-from bitfloor.formats.headers import ITEM_BYTES, read_header
 
 TENSORS = {
     "w.zero": torch.arange(7, dtype=torch.uint8),

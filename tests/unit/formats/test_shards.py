@@ -12,9 +12,9 @@ from packing import rtn
 from safetensors.torch import load_file, save_file
 
 from bitfloor.core.errors import BitfloorError
+from bitfloor.core.headers import read_header
 from bitfloor.formats import shards
 from bitfloor.formats.files import CorruptArtifact, write_artifact
-from bitfloor.formats.headers import read_header
 from bitfloor.formats.layout import build_config
 from bitfloor.formats.native import encode, layout
 from bitfloor.formats.shards import CheckpointWriter

@@ -50,19 +50,19 @@ def test_read_tensors_own_their_memory(tmp_path: Path) -> None:
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 DAMAGE: list[tuple[str, Callable[[Path], Path], str]] = [
     ("empty file", lambda p: write(p, b"", length=0) if p.write_bytes(b"") else p, "truncated"),
-    ("header longer than the file", lambda p: write(p, {"a": ENTRY}, bytes(16), length=10**6), "claims 1000000 bytes"),
-    ("absurd header", lambda p: write(p, {"a": ENTRY}, bytes(16), length=2**63), "truncated or not"),
+    ("header longer than the file", lambda p: write(p, {"a": ENTRY}, bytes(16), length=10**6), "a header of 1000000"),
+    ("absurd header", lambda p: write(p, {"a": ENTRY}, bytes(16), length=2**63), "truncated or is not"),
     ("not JSON", lambda p: write(p, b"{nonsense", bytes(16)), "corrupt header"),
     ("not UTF-8", lambda p: write(p, b"\xff\xfe{}", bytes(16)), "corrupt header"),
     ("a list", lambda p: write(p, b"[1, 2]", bytes(16)), "corrupt header"),
     ("no offsets", lambda p: write(p, {"a": {"dtype": "F32", "shape": [4]}}, bytes(16)), "corrupt header"),
-    ("unknown dtype", lambda p: write(p, {"a": {**ENTRY, "dtype": "F4"}}, bytes(16)), "dtype F4"),
-    ("data cut off", lambda p: write(p, {"a": ENTRY}, bytes(15)), "the tensor a ends at byte"),
-    ("shape and bytes disagree", lambda p: write(p, {"a": {**ENTRY, "shape": [2, 3]}}, bytes(16)), "16 bytes"),
+    ("unknown dtype", lambda p: write(p, {"a": {**ENTRY, "dtype": "F4"}}, bytes(16)), "type F4"),
+    ("data cut off", lambda p: write(p, {"a": ENTRY}, bytes(15)), "truncated or damaged"),
+    ("shape and bytes disagree", lambda p: write(p, {"a": {**ENTRY, "shape": [2, 3]}}, bytes(16)), "does not fill bytes 0 to 16"),
     ("negative shape", lambda p: write(p, {"a": {**ENTRY, "shape": [-2, -2]}}, bytes(16)), "corrupt"),
     ("overlap", lambda p: write(p, {"a": ENTRY, "b": ENTRY}, bytes(16)), "begins at byte"),
     ("hole", lambda p: write(p, {"a": {**ENTRY, "data_offsets": [4, 20]}}, bytes(20)), "begins at byte"),
-    ("bytes left over", lambda p: write(p, {"a": ENTRY}, bytes(17)), "its tensors end at byte"),
+    ("bytes left over", lambda p: write(p, {"a": ENTRY}, bytes(17)), "truncated or damaged"),
 ]
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bitfloor.core.errors import InputError
-from bitfloor.formats.headers import ALIGNMENT, build_header, read_header
+from bitfloor.core.headers import ALIGNMENT, build_header, read_header
 
 
 def test_the_safetensors_library_reads_what_is_built(tmp_path: Path) -> None:
@@ -49,10 +49,10 @@ def _one(dtype: str = "U8", shape: tuple[int, ...] = (4,), offsets: tuple[int, i
 @pytest.mark.parametrize(
     ("content", "data", "message"),
     [
-        (_one(), b"abc", "incomplete or damaged"),
-        (_one(), b"abcde", "incomplete or damaged"),
+        (_one(), b"abc", "truncated or damaged"),
+        (_one(), b"abcde", "truncated or damaged"),
         (_one(offsets=(1, 5)), b"abcde", "begins at byte"),
-        (_one(dtype="Q9"), b"abcd", "unknown tensor type 'Q9'"),
+        (_one(dtype="Q9"), b"abcd", "has type Q9, which bitfloor cannot read"),
         (_one(shape=(5,)), b"abcd", "does not fill"),
         (_one(shape=(-4,)), b"abcd", "does not fill"),
         ({"x": {"shape": [4]}}, b"abcd", "corrupt header"),
@@ -69,7 +69,7 @@ def test_damage_is_named(tmp_path: Path, content: object, data: bytes, message: 
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(data)
-    with pytest.raises(InputError, match="cut off or is not a safetensors file"):
+    with pytest.raises(InputError, match="truncated or is not a safetensors file"):
         read_header(path)
 
 
@@ -80,7 +80,7 @@ def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
 
 def test_headers_and_checkpoints_are_read_without_torch() -> None:
     code = (
-        "import sys, bitfloor.formats.checkpoint, bitfloor.formats.headers, bitfloor.formats.detect\n"
+        "import sys, bitfloor.formats.checkpoint, bitfloor.core.headers, bitfloor.formats.detect\n"
         "print(sorted({'torch', 'transformers', 'safetensors', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -115,7 +115,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, LARGEST_HEADER):
                 raise InputError(
-                    f"{path} is cut off or is not a safetensors file: it has {size} bytes and announces a header of "
+                    f"{path} is truncated or is not a safetensors file: it has {size} bytes and announces a header of "
                     f"{length}; copy or download it again."
                 )
             text = file.read(length)
@@ -124,7 +124,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     try:
         content = json.loads(text)
         metadata = {str(key): str(value) for key, value in content.pop(METADATA, {}).items()}
-        tensors = {name: _entry(value, 8 + length) for name, value in content.items()}
+        tensors = {name: _entry(path, name, value, 8 + length) for name, value in content.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} has a corrupt header ({error}); copy or download it again.") from error
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
@@ -132,13 +132,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(ordered, metadata)
 
 
-def _entry(value: dict[str, Any], data_start: int) -> TensorEntry:
+def _entry(path: Path, name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
     begin, end = value["data_offsets"]
     entry = TensorEntry(value["dtype"], tuple(int(n) for n in value["shape"]), data_start + begin, data_start + end)
     if entry.dtype not in ITEM_BYTES:
-        raise ValueError(f"unknown tensor type {entry.dtype!r}")
+        raise InputError(f"{path}: the tensor {name} has type {entry.dtype}, which bitfloor cannot read.")
     if min(entry.shape, default=0) < 0 or entry.nbytes != byte_count(entry.dtype, entry.shape):
-        raise ValueError(f"{entry.dtype} {list(entry.shape)} does not fill bytes {begin} to {end}")
+        raise ValueError(f"{name}: {entry.dtype} {list(entry.shape)} does not fill bytes {begin} to {end}")
     return entry
 
 
@@ -153,6 +153,6 @@ def _check_coverage(path: Path, tensors: dict[str, TensorEntry], data_start: int
         position = entry.stop
     if position != size:
         raise InputError(
-            f"{path} has {size} bytes but its header describes {position}; it is incomplete or damaged, "
+            f"{path} has {size} bytes but its header describes {position}; it is truncated or damaged; "
             "copy or download it again."
         )

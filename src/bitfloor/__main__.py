@@ -1,0 +1,6 @@
+"""``python -m bitfloor``: the command line program."""
+
+from bitfloor.cli.main import run
+
+if __name__ == "__main__":
+    run()

@@ -79,7 +79,15 @@ def test_the_report_says_what_was_done(quantized: Folder) -> None:
     }
     assert set(report["bytes"]) == {"total", "linears", "embeddings", "other"}
     assert sum(v for k, v in report["bytes"].items() if k != "total") == report["bytes"]["total"]
-    assert report["recipe"]["method"] == {"name": "gptq", "range": "search", "damping": 0.01, "act_order": True}
+    assert report["recipe"]["method"] == {
+        "name": "gptq",
+        "range": "search",
+        "importance": 0.5,
+        "static_groups": False,
+        "damping": 0.05,
+        "act_order": True,
+        "correction": 0.0,
+    }
     assert report["made_from"]["recipe"] == report["recipe_sha256"]
     errors = []
     for name, matrix in report["matrices"].items():

@@ -114,21 +114,72 @@ class BlockRunner:
             return
         replaced = self._replacements(overrides or {})
 
+        with torch.no_grad():
+            for batch, x in enumerate(xs):
+                self._look(x, batch, fn, wanted, replaced)
+        trim_heap()
+
+    def observe_pairs(
+        self,
+        exact: Iterable[Tensor],
+        xs: Iterable[Tensor],
+        fn: Callable[[str, Tensor, Tensor], None],
+        names: Iterable[str],
+        overrides: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Show what enters some matrices for two versions of the block's input, row by row the same token.
+
+        A matrix that is shown only some of the tokens (an expert) may be shown others in the other version: its rows
+        cannot be paired, and it is shown the second version twice.
+
+        Args:
+            exact: the block's inputs in the float model; run with the block's own weights.
+            xs: its inputs in the quantized model; run with ``overrides``.
+            fn: called as ``fn(name, exact_rows, rows)``, both ``[N, I]``; not to be changed.
+            names: matrices to look at, as in `observe`.
+            overrides: weights to run ``xs`` with.
+        """
+        wanted = {self.ref(name).name for name in names}
+        dense = {name for name in wanted if self._refs[name].kind != "expert"}
+        if not wanted:
+            return
+        replaced = self._replacements(overrides or {})
+        with torch.no_grad():
+            for batch, (before, x) in enumerate(zip(exact, xs, strict=True)):
+                held: dict[str, list[Tensor]] = {name: [] for name in dense}
+
+                def hold(name: str, x: Tensor, held: dict[str, list[Tensor]] = held) -> None:
+                    held[name].append(x.clone())  # the block may reuse this memory while it runs on
+
+                if dense:
+                    self._look(before, batch, hold, dense, {})
+                for uses in held.values():
+                    uses.reverse()
+                tokens = x.shape[:-1].numel()
+
+                def pair(name: str, x: Tensor, held: dict[str, list[Tensor]] = held, tokens: int = tokens) -> None:
+                    uses = held.get(name)
+                    other = uses.pop() if uses else x
+                    fn(name, other if other.shape == x.shape and len(x) == tokens else x, x)
+
+                self._look(x, batch, pair, wanted, replaced)
+        trim_heap()
+
+    def _look(
+        self, x: Tensor, batch: int, fn: Callable[[str, Tensor], None], wanted: set[str], replaced: Mapping[str, Tensor]
+    ) -> None:
+        """Show the inputs of the wanted matrices in one forward, which ends as soon as all were seen."""
+
         def note(name: str, x: Tensor) -> None:
             if name in wanted:
                 fn(name, x.detach().reshape(-1, x.shape[-1]))
 
-        with torch.no_grad():
-            for batch, x in enumerate(xs):
-                if self._once is None:
-                    self._watch_all(x, batch, note, replaced)
-                    continue
-                watcher = Watcher(
-                    self.module, [(self._local[n], self._refs[n]) for n in self.names if n in wanted], note
-                )
-                with watcher.running(replaced, wanted if wanted <= self._once else None):
-                    self._run(x, batch, replaced)
-        trim_heap()
+        if self._once is None:
+            self._watch_all(x, batch, note, replaced)
+            return
+        watcher = Watcher(self.module, [(self._local[n], self._refs[n]) for n in self.names if n in wanted], note)
+        with watcher.running(replaced, wanted if wanted <= self._once else None):
+            self._run(x, batch, replaced)
 
     def input_groups(self, x: Tensor, batch: int = 0) -> Groups:
         """Matrices that are fed by the same tensor, found by running one batch with every input kept alive.

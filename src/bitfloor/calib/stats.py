@@ -37,6 +37,23 @@ class HessianSum:
         return self.total / max(self.rows, 1)
 
 
+class DriftSum:
+    """Streaming ``(X - X')^T X'``: how the inputs ``X'`` in the quantized model differ from those in the float model.
+
+    Args:
+        in_features: ``I``.
+        device: where the sum is kept; batches must be there too.
+    """
+
+    def __init__(self, in_features: int, device: str | torch.device = "cpu") -> None:
+        self.total = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def add(self, exact: Tensor, x: Tensor) -> None:
+        """Add activations ``[N, I]`` of the float model and of the quantized model, row by row the same token."""
+        x = _rows(x, self.total.shape[0])
+        self.total.addmm_((_rows(exact, self.total.shape[0]) - x).t(), x)
+
+
 class MomentSum:
     """Streaming per-channel second moments and largest magnitudes.
 

@@ -122,7 +122,8 @@ def _report(error: Exception) -> int:
     if usage is not None:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else PROGRAM
-        print_error(f"{usage().rstrip('.')}; see {where} --help.")
+        said = usage().rstrip(".")
+        print_error(f"{said} See {where} --help." if said.endswith("?") else f"{said}; see {where} --help.")
         return USAGE
     if isinstance(error, MemoryError):
         print_error("out of memory; see bitfloor plan for what the run needs, and --spill to need less.")

@@ -20,7 +20,7 @@ class Need(Enum):
     """What must be ready before a block can be quantized."""
 
     INPUTS = "inputs"  # the block's inputs as the quantized model produces them, with its call arguments
-    TARGETS = "targets"  # the block's outputs in the float model
+    EXACT = "exact"  # the block's inputs as the float model produces them; its outputs on them are the targets
     HESSIAN = "hessian"  # X^T X of each input group; those of one stage (all experts of a layer) are alive at once
     GRADIENTS = "gradients"  # back-propagation through the block
 
@@ -53,6 +53,16 @@ class Block(Protocol):
         overrides: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Call ``fn(name, x [N, I])`` with everything that enters the named matrices."""
+
+    def observe_pairs(
+        self,
+        exact: Iterable[Tensor],
+        xs: Iterable[Tensor],
+        fn: Callable[[str, Tensor, Tensor], None],
+        names: Iterable[str],
+        overrides: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Call ``fn(name, exact [N, I], x [N, I])``: what enters a matrix in the float model, and here."""
 
     def input_groups(self, x: Tensor, batch: int = 0) -> Groups:
         """Matrices fed by the same tensor, in order of execution."""
@@ -98,13 +108,16 @@ class Method(Protocol):
     def needs(self) -> frozenset[Need]:
         """What the pipeline must prepare."""
 
-    def quantize_block(self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec]) -> BlockResult:
+    def quantize_block(
+        self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], exact: Batches = ()
+    ) -> BlockResult:
         """Quantize the matrices named in ``specs``; the others of the block stay float.
 
         Args:
             block: the float block.
             inputs: its inputs in the quantized model, one ``[B, T, D]`` float32 a batch; empty when not needed.
             specs: matrix name to storage.
+            exact: the block's inputs in the float model, batch by batch the same tokens; empty when not needed.
         """
 
 

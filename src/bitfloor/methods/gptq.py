@@ -9,15 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bitfloor.calib.stats import HessianSum
+from bitfloor.calib.stats import DriftSum, HessianSum
 from bitfloor.core.affine import Grid, decode, encode, pack
+from bitfloor.core.heap import trim_heap
 from bitfloor.core.metrics import output_error
 from bitfloor.core.packed import dequantize
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need, stages
 from bitfloor.methods.options import GptqConfig
-from bitfloor.solvers.gptq import gptq
-from bitfloor.solvers.ranges import minmax_grid, search_grid
+from bitfloor.solvers.gptq import GridSearch, gptq
+from bitfloor.solvers.ranges import search_grid, tempered
 
 # Below this many calibration tokens per input channel the Hessian says more about the tokens than about the layer.
 MIN_TOKENS_PER_CHANNEL = 0.25
@@ -36,26 +37,36 @@ class Gptq:
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({Need.INPUTS, Need.HESSIAN})
+        needs = {Need.INPUTS, Need.HESSIAN}
+        return frozenset({*needs, Need.EXACT} if self.config.correction else needs)
 
-    def quantize_block(self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec]) -> BlockResult:
+    def quantize_block(
+        self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], exact: Batches = ()
+    ) -> BlockResult:
         """See :class:`bitfloor.methods.base.Method`."""
         result = BlockResult()
         done: dict[str, Tensor] = {}
         for stage in stages(block, inputs, specs):
-            sums = {group[0]: _empty_sum(block.weight(group[0])) for group in stage}
-            block.observe(inputs, lambda name, x, sums=sums: sums[name].add(x), list(sums), done or None)
+            paired = bool(self.config.correction)
+            seen = {group[0]: _Seen(block.weight(group[0]), paired) for group in stage}
+            if paired:
+                block.observe_pairs(
+                    exact, inputs, lambda name, e, x, seen=seen: seen[name].add_pair(e, x), list(seen), done or None
+                )
+            else:
+                block.observe(inputs, lambda name, x, seen=seen: seen[name].hessian.add(x), list(seen), done or None)
             for group in stage:
-                self._solve(block, group, sums.pop(group[0]), specs, result)
+                self._solve(block, group, seen.pop(group[0]), specs, result)
                 for name in group:
                     done[name] = dequantize(result.weights[name])
+                trim_heap()
         return result
 
     def _solve(
         self,
         block: Block,
         group: tuple[str, ...],
-        seen: HessianSum,
+        seen: _Seen,
         specs: Mapping[str, QuantSpec],
         result: BlockResult,
     ) -> None:
@@ -70,30 +81,59 @@ class Gptq:
             rows = [weight.shape[0] for weight in weights]
             parts = zip(names, weights, codes.split(rows), split_grid(grid, rows), strict=True)
             for name, weight, code, own in parts:
-                error = output_error(weight, decode(code, own), seen.total) if seen.rows else None
+                error = output_error(weight, decode(code, own), seen.hessian.total) if seen.hessian.rows else None
                 result.weights[name] = pack(code, own)
                 result.reports[name] = MatrixReport(error, seconds, note)
 
-    def _codes(self, weight: Tensor, seen: HessianSum, spec: QuantSpec) -> tuple[Grid, Tensor, str | None]:
+    def _codes(self, weight: Tensor, seen: _Seen, spec: QuantSpec) -> tuple[Grid, Tensor, str | None]:
         """Grid and codes of one stacked matrix, and a note when something other than plain GPTQ was done."""
         columns = weight.shape[1]
-        if seen.rows < MIN_TOKENS_PER_CHANNEL * columns:
+        hessian, rows = seen.hessian.total, seen.hessian.rows
+        if rows < MIN_TOKENS_PER_CHANNEL * columns:
             grid = search_grid(weight, torch.ones(columns, device=weight.device), spec)
-            note = f"saw {seen.rows} calibration tokens for {columns} input channels; rounded to nearest instead"
+            note = f"saw {rows} calibration tokens for {columns} input channels; rounded to nearest instead"
             return grid, encode(weight, grid), note
-        if self.config.range == "search":
-            grid = search_grid(weight, seen.total.diagonal(), spec)
+        config = self.config
+        importance = tempered(hessian.diagonal(), config.importance) if config.range == "search" else None
+        grids: Grid | GridSearch
+        if config.static_groups or spec.columns_per_group(columns) == columns:
+            grids = search_grid(weight, importance, spec)
         else:
-            grid = minmax_grid(weight, spec)
-        solved = gptq(weight, seen.total, grid, damping=self.config.damping, act_order=self.config.act_order)
+            grids = GridSearch(
+                spec.columns_per_group(columns),
+                lambda _, part, at: search_grid(part, None if importance is None else importance[at], spec),
+            )
+        solved = gptq(
+            weight,
+            hessian,
+            grids,
+            damping=config.damping,
+            act_order=config.act_order,
+            drift=None if seen.drift is None else seen.drift.total,
+            correction=config.correction,
+        )
         note = None
-        if solved.damping > self.config.damping:
-            note = f"damping raised from {self.config.damping:g} to {solved.damping:g} to factorise the Hessian"
-        return grid, solved.codes, note
+        if solved.damping > config.damping:
+            note = f"damping raised from {config.damping:g} to {solved.damping:g} to factorise the Hessian"
+        return solved.grid, solved.codes, note
 
 
-def _empty_sum(weight: Tensor) -> HessianSum:
-    return HessianSum(weight.shape[1], weight.device)
+class _Seen:
+    """What the calibration text showed of the input of one group.
+
+    Args:
+        weight: one of the group's matrices ``[O, I]``.
+        paired: also how far that input has drifted from the float model's.
+    """
+
+    def __init__(self, weight: Tensor, paired: bool) -> None:
+        self.hessian = HessianSum(weight.shape[1], weight.device)
+        self.drift = DriftSum(weight.shape[1], weight.device) if paired else None
+
+    def add_pair(self, exact: Tensor, x: Tensor) -> None:
+        assert self.drift is not None
+        self.hessian.add(x)
+        self.drift.add(exact, x)
 
 
 def split_grid(grid: Grid, rows: Sequence[int]) -> list[Grid]:

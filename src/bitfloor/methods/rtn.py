@@ -33,7 +33,9 @@ class Rtn:
     def needs(self) -> frozenset[Need]:
         return frozenset({Need.INPUTS}) if self.config.range == "search" else frozenset()
 
-    def quantize_block(self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec]) -> BlockResult:
+    def quantize_block(
+        self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], exact: Batches = ()
+    ) -> BlockResult:
         """See :class:`bitfloor.methods.base.Method`. All inputs are observed in one pass of the float block."""
         moments = self._moments(block, inputs, specs) if self.config.range == "search" else {}
         result = BlockResult()

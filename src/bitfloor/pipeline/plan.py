@@ -22,11 +22,12 @@ DOUBLE = 8
 OVERHEAD = 60 << 20
 # Float32 copies of one panel of an embedding alive at once in the range search.
 PANEL_COPIES = 10
-# Float64 copies of the Hessian alive at once while its inverse is factorised: permuted input, damped, factor, inverse.
-FACTOR_COPIES = 5
-# Float32 tensors of the shape of the stacked weights alive at once inside a solver: weights, working copy, expanded
-# scales and shifts and their transposes, codes.
-SOLVER_COPIES = 8
+# Bytes an entry of the Hessian takes while its inverse is factorised: two float64 matrices, the sum itself and its
+# permuted copy in float32.
+FACTOR_BYTES = 2 * DOUBLE + 2 * FLOAT
+# Float32 tensors of the shape of the stacked weights alive at once inside a solver: weights, permuted copy, codes, and
+# what the error of the result is computed from.
+SOLVER_COPIES = 4
 # Hidden-width and intermediate-width float32 activations of one batch alive at once inside a block's forward.
 ACTIVATION_COPIES = 6
 
@@ -131,11 +132,11 @@ def peak_memory(
         widest = max((max(ref.shape) for ref in source.map.matrices), default=hidden)
         moving = FLOAT * batch * seqlen * (ACTIVATION_COPIES * hidden + 3 * widest)
     # A block: its weights in float32, and once more dequantized.
-    block = 2 * FLOAT * max(blocks, default=0) + moving + _solver_memory(source, job, assignment)
+    block = 2 * FLOAT * max(blocks, default=0) + max(moving, _solver_memory(source, job, assignment))
     head = source.map.head
     skipped = held[head.param][0] if head is not None and not source.map.tied else 0
     outside = sum(count for name, (count, _) in held.items() if not name.startswith(prefix)) - skipped
-    capture = FLOAT * outside if data is not None else 0
+    capture = FLOAT * outside + moving if data is not None else 0
     return resident_memory() + OVERHEAD + max(streams + block, streams + capture, _table_memory(source, assignment))
 
 
@@ -162,7 +163,9 @@ def _solver_memory(source: SourceModel, job: Job, assignment: Assignment) -> int
         memory = SOLVER_COPIES * FLOAT * stacked
         if Need.HESSIAN in needs:
             sums = sum(1 for other in source.map.block_matrices(ref.block) if other.param == ref.param)
-            memory += ref.shape[1] ** 2 * (FACTOR_COPIES * DOUBLE + FLOAT * max(sums, 1))
+            memory += ref.shape[1] ** 2 * (FACTOR_BYTES + FLOAT * max(sums - 1, 0))
+            if Need.EXACT in needs:  # the drift of every sum, and the moved target with what it is computed from
+                memory += ref.shape[1] ** 2 * FLOAT * max(sums, 1) + 2 * FLOAT * stacked
         worst = max(worst, memory)
     return worst
 

@@ -15,6 +15,7 @@ from bitfloor.calib.block import BlockRunner
 from bitfloor.calib.capture import Call, capture
 from bitfloor.calib.streams import Stream
 from bitfloor.core.errors import BitfloorError
+from bitfloor.core.heap import trim_heap
 from bitfloor.core.packed import dequantize
 from bitfloor.formats import native
 from bitfloor.methods.base import Batches, BlockResult, Need
@@ -154,10 +155,12 @@ class Run:
         try:
             specs = self.assignment.of_block(k)
             inputs: Batches = self._quantized if self._quantized is not None else ()
-            result = self.job.method.quantize_block(runner, inputs, specs)
+            exact: Batches = self._float if self._float is not None else ()
+            result = self.job.method.quantize_block(runner, inputs, specs, exact)
             absent = sorted(set(specs) - set(result.weights))
             if absent:
                 raise BitfloorError(f"the method {self.job.method.name} returned nothing for {absent[0]}.")
+            trim_heap()
             error = self._advance(runner, {name: dequantize(w) for name, w in result.weights.items()})
             self.journal.put(part_name(k), self._entry(k, result, error, time.perf_counter() - began))
         finally:

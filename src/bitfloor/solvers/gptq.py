@@ -13,6 +13,13 @@ The grid of a group is either given beforehand ("static groups") or found when t
 weights as the errors of the columns before have moved them: the paper's way, and the better one at few bits, where
 they move far.
 
+The inputs ``X'`` of a layer are those of the quantized model; in the float model they were ``X``. To keep ``W X``
+rather than ``W X'``, the sweep starts from the least-squares solution for a share ``a`` of the difference (GPTAQ, arXiv
+2504.02692, and Qronos, arXiv 2505.11695, pursue the same target by other means; the closed form is that of QEP, arXiv
+2504.09629):
+
+    W <- W + a W (X - X')^T X' (H + damping)^-1
+
 Deviations: in order of falling diagonal of ``H``, groups stay those of the natural order, so the file needs no column
 order (with static groups the columns are taken one by one, otherwise group by group and by columns inside a group);
 the factor is obtained in float64; damping is raised tenfold, and reported, when the factorisation fails.
@@ -28,6 +35,7 @@ from torch import Tensor
 
 from bitfloor.core.affine import Grid, join_groups
 from bitfloor.core.errors import BitfloorError
+from bitfloor.core.heap import trim_heap
 from bitfloor.core.linalg import all_finite, inverse_factor
 
 BLOCK = 128
@@ -63,7 +71,14 @@ class GptqResult:
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, grid: Grid | GridSearch, *, damping: float = 0.01, act_order: bool = True
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid | GridSearch,
+    *,
+    damping: float = 0.01,
+    act_order: bool = True,
+    drift: Tensor | None = None,
+    correction: float = 0.0,
 ) -> GptqResult:
     """Codes of ``weight`` that keep ``W X`` rather than ``W``.
 
@@ -75,18 +90,30 @@ def gptq(
         damping: added to the diagonal, relative to its mean. Raised tenfold until the factorisation succeeds.
         act_order: treat columns (with a :class:`GridSearch` groups, and columns inside them) in order of falling
             diagonal.
+        drift: ``[I, I]`` ``(X - X')^T X'`` in the scale of the Hessian, with ``X`` the inputs in the float model and
+            ``X'`` those that the Hessian was made of.
+        correction: share ``a`` of the drift that the target makes up for.
 
     Raises:
-        BitfloorError: the Hessian is not finite, or cannot be factorised at any damping.
+        BitfloorError: the Hessian or the drift is not finite, or the Hessian cannot be factorised at any damping.
     """
-    if not all_finite(hessian):
+    if not all_finite(hessian) or (drift is not None and not all_finite(drift)):
         raise BitfloorError("the Hessian holds NaN or Inf: the calibration activations overflowed; check the model.")
     columns = weight.shape[1]
     groups = torch.arange(columns, device=weight.device) // grid.group_size
     order = _order(hessian.diagonal(), groups, act_order, whole_groups=isinstance(grid, GridSearch))
-    factor, used = inverse_factor(hessian[order][:, order], damping)
+    permuted = hessian[order][:, order]
+    trim_heap()
+    factor, used = inverse_factor(permuted, damping)
+    del permuted
     factor = factor.float()
-    sweep = _Sweep(weight.float()[:, order], factor)
+    trim_heap()
+    target = weight.float()
+    if drift is not None and correction:
+        target = target[:, order] + (correction * (target @ drift)[:, order]) @ factor.T @ factor
+    else:
+        target = target[:, order]
+    sweep = _Sweep(target, factor)
     if isinstance(grid, Grid):
         sweep.through(0, columns, grid, groups[order])
     else:

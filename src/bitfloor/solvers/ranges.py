@@ -99,6 +99,15 @@ def search_grid(weight: Tensor, importance: Tensor | None, spec: QuantSpec, bits
     return Grid(scale, shift, None, widths, size, constant_zero=spec.symmetric, scale_dtype=dtype)
 
 
+def tempered(importance: Tensor, exponent: float) -> Tensor:
+    """``importance ** exponent``: between the diagonal of the Hessian (1) and counting channels alike (0).
+
+    A handful of tokens (the first of a sequence, above all) make some channels of a few layers thousands of times
+    larger than the rest. Weighted in full, the grid of their whole group is fitted to one column.
+    """
+    return importance.clamp_min(0.0).pow(exponent)
+
+
 def normalised(importance: Tensor, valid: Tensor) -> Tensor:
     """Importances ``[G, g]`` with mean one inside each group; dead groups count their channels alike."""
     importance = importance * valid

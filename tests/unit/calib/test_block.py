@@ -224,6 +224,48 @@ def test_experts_without_tokens_do_not_hold_up_the_others() -> None:
     assert len(collect(runner, xs, names)) == 4 and len(ran) == 1
 
 
+Pairs = dict[str, list[tuple[Tensor, Tensor]]]
+
+
+def collect_pairs(
+    runner: BlockRunner, exact: list[Tensor], xs: list[Tensor], names: list[str], overrides: Any = None
+) -> Pairs:
+    got: Pairs = {}
+    runner.observe_pairs(
+        exact, xs, lambda n, e, x: got.setdefault(n, []).append((e.clone(), x.clone())), names, overrides
+    )
+    return got
+
+
+@pytest.mark.parametrize("names", [["self_attn.o_proj"], ["self_attn.q_proj", "mlp.down_proj"]])
+def test_pairs_are_what_the_two_versions_show_alone(names: list[str]) -> None:
+    runner, xs = first_block("llama")
+    wanted = [f"model.layers.0.{name}" for name in names]
+    moved = [x + 0.1 * x.flip(-1) for x in xs]
+    value = "model.layers.0.self_attn.v_proj"
+    overrides = {value: 1.5 * runner.weight(value)}
+    for _ in range(2):  # the first time the block is still being learnt
+        got = collect_pairs(runner, xs, moved, wanted, overrides)
+        exact, found = collect(runner, xs, wanted), collect(runner, moved, wanted, overrides=overrides)
+        for name in wanted:
+            assert len(got[name]) == len(xs)
+            for (e, x), alone, other in zip(got[name], exact[name], found[name], strict=True):
+                assert torch.equal(e, alone) and torch.equal(x, other) and not torch.equal(e, x)
+
+
+def test_experts_are_not_paired() -> None:
+    # The other version routes other tokens to them: row n of one would not be row n of the other.
+    runner, xs = first_block("mixtral")
+    names = [n for n in runner.names if "experts" in n] + ["model.layers.0.self_attn.q_proj"]
+    moved = [x.flip(1) for x in xs]
+    got = collect_pairs(runner, xs, moved, names)
+    found = collect(runner, moved, names)
+    assert set(got) == set(found)
+    for name, pairs in got.items():
+        assert all(torch.equal(x, alone) for (_, x), alone in zip(pairs, found[name], strict=True))
+        assert all(torch.equal(e, x) == ("experts" in name) for e, x in pairs)
+
+
 class Twice(nn.Module):
     """A block that uses one matrix twice and hides another from every kind of watching."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitfloor.calib.stats import HessianSum, MomentSum, RowCount
+from bitfloor.calib.stats import DriftSum, HessianSum, MomentSum, RowCount
 from bitfloor.core.errors import BitfloorError
 
 
@@ -31,6 +31,17 @@ def test_hessian_takes_half_precision_rows_exactly() -> None:
     one.add(x)
     other.add(x.float())
     assert torch.equal(one.total, other.total)
+
+
+def test_drift_of_pieces_is_the_cross_product() -> None:
+    exact, seen = rows(), rows() + 0.1 * rows().flip(1)
+    total = DriftSum(7)
+    for one, other in zip(exact.split(13), seen.split(13), strict=True):
+        total.add(one, other)
+    # Not symmetric: the difference is on the left.
+    expected = (exact - seen).double().T @ seen.double()
+    assert torch.allclose(total.total.double(), expected, rtol=0, atol=2e-4)
+    assert not torch.allclose(expected, expected.T, atol=1e-2)
 
 
 def test_moments_are_the_diagonal_of_the_hessian() -> None:

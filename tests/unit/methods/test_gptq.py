@@ -7,7 +7,8 @@ import torch
 from unit.methods.toy_block import ToyBlock, batches
 
 from bitfloor.calib.stats import HessianSum
-from bitfloor.core.affine import encode, pack
+from bitfloor.core.affine import Grid, decode, encode, pack
+from bitfloor.core.errors import InputError
 from bitfloor.core.metrics import output_error
 from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.core.spec import BITS, QuantSpec
@@ -15,18 +16,31 @@ from bitfloor.methods.base import Need
 from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL, Gptq, split_grid
 from bitfloor.methods.options import GptqConfig, RtnConfig
 from bitfloor.methods.rtn import Rtn
-from bitfloor.solvers.gptq import gptq
-from bitfloor.solvers.ranges import minmax_grid, search_grid
+from bitfloor.solvers.gptq import GridSearch, gptq
+from bitfloor.solvers.ranges import minmax_grid, search_grid, tempered
 
 NAMES = ("a", "b", "c")
+CONFIGS = [
+    GptqConfig(),
+    GptqConfig("search", 1.0, static_groups=True, damping=0.01),
+    GptqConfig("minmax", damping=0.1, act_order=False),
+]
 
 
 def solved_alone(weight: torch.Tensor, seen: torch.Tensor, spec: QuantSpec, config: GptqConfig) -> PackedWeight:
     """GPTQ of one matrix on the inputs ``[N, I]`` it is meant to have seen."""
     total = HessianSum(weight.shape[1])
     total.add(seen)
-    grid = search_grid(weight, total.total.diagonal(), spec) if config.range == "search" else minmax_grid(weight, spec)
-    return pack(gptq(weight, total.total, grid, damping=config.damping, act_order=config.act_order).codes, grid)
+    importance = total.total.diagonal().pow(config.importance)
+
+    def find(_: int, part: torch.Tensor, at: torch.Tensor) -> Grid:
+        return search_grid(part, importance[at], spec) if config.range == "search" else minmax_grid(part, spec)
+
+    every = torch.arange(weight.shape[1])
+    whole = config.static_groups or spec.columns_per_group(len(every)) == len(every)
+    grids = find(0, weight, every) if whole else GridSearch(spec.group_size, find)
+    solved = gptq(weight, total.total, grids, damping=config.damping, act_order=config.act_order)
+    return pack(solved.codes, solved.grid)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -48,7 +62,7 @@ def test_every_spec_gives_weights_with_less_output_error_than_rounding(bits: int
         assert result.reports[name].output_error == pytest.approx(ours, rel=1e-3)
 
 
-@pytest.mark.parametrize("config", [GptqConfig(), GptqConfig("minmax", 0.05, False)])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_a_matrix_sees_the_quantized_ones_before_it(config: GptqConfig) -> None:
     block, spec = ToyBlock(), QuantSpec(2, 8)
     (x,) = batches(1)
@@ -147,3 +161,49 @@ def test_the_block_is_not_changed() -> None:
     before = {name: weight.clone() for name, weight in block.weights.items()}
     Gptq(GptqConfig()).quantize_block(block, batches(), dict.fromkeys(NAMES, QuantSpec(2, 8)))
     assert all(torch.equal(block.weights[name], before[name]) for name in before)
+
+
+def test_options_out_of_range_are_refused() -> None:
+    with pytest.raises(InputError, match="importance = 1.5 is not an exponent between 0"):
+        GptqConfig(importance=1.5)
+    with pytest.raises(InputError, match="damping = -1 is not a share"):
+        GptqConfig(damping=-1)
+
+
+def test_a_loud_channel_does_not_own_the_grid_of_its_group() -> None:
+    # One of eight channels is a thousand times larger. In full weight its column decides the grid and the other seven
+    # are rounded as badly as it likes; tempered, they have a say.
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 8, generator=generator)
+    importance = torch.tensor([1e6, 1, 1, 1, 1, 1, 1, 1])
+    errors = []
+    for exponent in (1.0, 0.5, 0.0):
+        grid = search_grid(weight, tempered(importance, exponent), QuantSpec(2, 8))
+        rounded = (decode(encode(weight, grid), grid) - weight).square()
+        errors.append((float(rounded[:, 0].sum()), float(rounded[:, 1:].sum())))
+    loud, quiet = zip(*errors, strict=True)
+    assert loud[0] < loud[1] < loud[2]
+    assert quiet[0] > 1.05 * quiet[1] > 1.05 * quiet[2]
+
+
+def test_correction_aims_at_the_float_models_output() -> None:
+    block, spec = ToyBlock(), QuantSpec(2, 8)
+    exact = batches()
+    moved = [x + 0.2 * x.flip(-1) for x in exact]
+    target = torch.cat([block.forward(x, 0) for x in exact])
+    errors = []
+    for share in (0.0, 1.0):
+        method = Gptq(GptqConfig(correction=share))
+        assert (Need.EXACT in method.needs) is (share > 0)
+        result = method.quantize_block(block, moved, dict.fromkeys(NAMES, spec), exact)
+        weights = {name: dequantize(weight) for name, weight in result.weights.items()}
+        errors.append(float((torch.cat([block.forward(x, 0, weights) for x in moved]) - target).square().sum()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_correction_of_inputs_that_did_not_drift_is_none() -> None:
+    block, spec, inputs = ToyBlock(), QuantSpec(2, 8), batches()
+    names = {"a": spec, "b": spec}
+    plain = Gptq(GptqConfig()).quantize_block(block, inputs, names)
+    corrected = Gptq(GptqConfig(correction=0.5)).quantize_block(block, inputs, names, inputs)
+    assert all(torch.equal(dequantize(plain.weights[n]), dequantize(corrected.weights[n])) for n in names)

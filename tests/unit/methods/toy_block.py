@@ -59,6 +59,20 @@ class ToyBlock:
         for x in xs:
             self._run(x, lambda name, rows: fn(name, rows) if name in wanted else None, overrides or {})
 
+    def observe_pairs(
+        self,
+        exact: Iterable[Tensor],
+        xs: Iterable[Tensor],
+        fn: Callable[[str, Tensor, Tensor], None],
+        names: Iterable[str],
+        overrides: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        wanted = set(names)
+        for one, other in zip(exact, xs, strict=True):
+            held: dict[str, Tensor] = {}
+            self.observe([one], held.__setitem__, wanted)
+            self.observe([other], lambda name, x, held=held: fn(name, held[name], x), wanted, overrides)
+
     def input_groups(self, x: Tensor, batch: int = 0) -> Groups:
         return [("a", "b"), ("c",), *((f"{part}.{e}",) for e in range(self.experts) for part in ("up", "down"))]
 

@@ -58,7 +58,11 @@ DAMAGE: list[tuple[str, Callable[[Path], Path], str]] = [
     ("no offsets", lambda p: write(p, {"a": {"dtype": "F32", "shape": [4]}}, bytes(16)), "corrupt header"),
     ("unknown dtype", lambda p: write(p, {"a": {**ENTRY, "dtype": "F4"}}, bytes(16)), "type F4"),
     ("data cut off", lambda p: write(p, {"a": ENTRY}, bytes(15)), "truncated or damaged"),
-    ("shape and bytes disagree", lambda p: write(p, {"a": {**ENTRY, "shape": [2, 3]}}, bytes(16)), "does not fill bytes 0 to 16"),
+    (
+        "shape and bytes disagree",
+        lambda p: write(p, {"a": {**ENTRY, "shape": [2, 3]}}, bytes(16)),
+        "does not fill",
+    ),
     ("negative shape", lambda p: write(p, {"a": {**ENTRY, "shape": [-2, -2]}}, bytes(16)), "corrupt"),
     ("overlap", lambda p: write(p, {"a": ENTRY, "b": ENTRY}, bytes(16)), "begins at byte"),
     ("hole", lambda p: write(p, {"a": {**ENTRY, "data_offsets": [4, 20]}}, bytes(20)), "begins at byte"),

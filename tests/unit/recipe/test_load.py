@@ -139,8 +139,15 @@ def test_a_list_index_must_exist() -> None:
 
 
 def test_defaults_of_the_method_are_part_of_the_hash() -> None:
-    plain, spelt, other = (load_recipe("gptq-w4g64", o) for o in ([], ["method.damping=0.01"], ["method.damping=0.02"]))
-    assert plain.method.options == {"range": "search", "damping": 0.01, "act_order": True}
+    plain, spelt, other = (load_recipe("gptq-w4g64", o) for o in ([], ["method.damping=0.05"], ["method.damping=0.02"]))
+    assert plain.method.options == {
+        "range": "search",
+        "importance": 0.5,
+        "static_groups": False,
+        "damping": 0.05,
+        "act_order": True,
+        "correction": 0.0,
+    }
     assert plain.sha256() == spelt.sha256() != other.sha256()
 
 

@@ -186,8 +186,8 @@ def main() -> None:
     args = arguments()
     os.environ.update(dict.fromkeys(THREADS, "1"), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     attempts.single_thread()
-    head = record.header(record.RUNNING)
     trial = prepare(args)
+    head = record.header((*record.quality(record.method_of(trial.recipe)), *record.RUNNING))
     recipe = {
         "preset": trial.recipe,
         "overrides": list(trial.overrides),

@@ -29,11 +29,10 @@ RESULTS = ROOT / "bench" / "results"
 NOTE = "BITFLOOR_BENCH_NOTE"  # anything else about the machine that a reader should know
 DATA = "BITFLOOR_BENCH_DATA"
 
-# Where the numbers of a quality measurement come from: the mathematics, the block loop, and the scoring.
-QUALITY = (
+# Where the numbers of a quality measurement come from, whatever the method: the block loop, and the scoring. The
+# method's own files come on top (:func:`quality`), so that a new method makes no old number stale.
+EVERY_METHOD = (
     "core",
-    "solvers",
-    "methods",
     "calib",
     "ops",
     "pipeline/run.py",
@@ -41,16 +40,48 @@ QUALITY = (
     "data/tokenize.py",
     "evaluation/perplexity.py",
 )
+METHOD_FOLDERS = ("methods/", "solvers/")
 # What options there are and what they may be; which values were used is in the recipe's own hash.
 UNCOUNTED = ("methods/options.py", "methods/table.py")
 # Memory and resuming depend on how tensors are read, held and written too.
-RUNNING = (*QUALITY, "pipeline", "formats", "modeling")
+RUNNING = ("pipeline", "formats", "modeling")
 
 
 # -- the code ---------------------------------------------------------------------------------------------------------
 
 
-def code_sha256(parts: Iterable[str] = QUALITY, package: Path = PACKAGE) -> str:
+def quality(method: str, package: Path = PACKAGE) -> tuple[str, ...]:
+    """The parts of the package that a method's results depend on: those of every method, and what its file imports.
+
+    Args:
+        method: name of a method, which is the name of its file.
+        package: the package's folder.
+    """
+    found: set[str] = set()
+    waiting = [f"methods/{method}.py", "pipeline/ends.py"]
+    while waiting:
+        part = waiting.pop()
+        if part in found:
+            continue
+        found.add(part)
+        waiting += [name for name in imported(package / part, package) if name.startswith(METHOD_FOLDERS)]
+    return (*EVERY_METHOD, *sorted(found - {*EVERY_METHOD, *UNCOUNTED}))
+
+
+def imported(path: Path, package: Path = PACKAGE) -> list[str]:
+    """Modules of the package that a file imports, as paths relative to the package."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    inside = (name.split(".")[1:] for name in names if name.split(".")[0] == package.name)
+    files = ("/".join(words) + ".py" for words in inside if words)
+    return sorted(name for name in files if (package / name).is_file())
+
+
+def code_sha256(parts: Iterable[str], package: Path = PACKAGE) -> str:
     """Hash over the syntax trees of some files and folders of the package.
 
     Args:
@@ -109,10 +140,17 @@ def recipe_sha256(preset: str, overrides: Iterable[str] = (), calibration: str |
     return load_recipe(preset, list(overrides), calibration=calibration).sha256()
 
 
+def method_of(preset: str) -> str:
+    """Name of the method that a preset configures."""
+    from bitfloor.recipe.load import load_recipe
+
+    return load_recipe(preset, []).method.name
+
+
 # -- the header of a result -------------------------------------------------------------------------------------------
 
 
-def header(parts: Sequence[str] = QUALITY) -> dict[str, Any]:
+def header(parts: Sequence[str]) -> dict[str, Any]:
     """Command, versions, commit, machine, code and date: the first keys of every result."""
     return {
         "command": command(sys.argv),

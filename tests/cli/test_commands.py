@@ -108,6 +108,7 @@ def test_eval_against_a_baseline_gives_a_verdict(run: Run, fake: Any) -> None:
         "20",
         "2048",
         "40,940",
+        "12.296",  # the baseline's perplexity: 12.3456 * exp(-0.004)
         "+0.0040",
         "+0.0010 to +0.0079",
         "not worse",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,7 +63,7 @@ def evaluate(
         print_json(result)
         return
     headings = ["text", "perplexity", "windows", "seqlen", "tokens"]
-    headings += ["delta nll", "95% interval", "verdict"] if baseline else []
+    headings += ["baseline", "delta nll", "95% interval", "verdict"] if baseline else []
     headings += ["KL", "top-1 agreement"] if divergence else []
     display(table(headings, (_score_row(entry) for entry in result["perplexity"])))
 
@@ -73,7 +74,8 @@ def _score_row(entry: Mapping[str, Any]) -> list[str]:
     if against is not None:
         interval = against["ci95"]
         between = f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "-"
-        row += [f"{against['delta_nll']:+.4f}", between, verdict(interval)]
+        baseline = entry["value"] * math.exp(-against["delta_nll"])
+        row += [f"{baseline:.3f}", f"{against['delta_nll']:+.4f}", between, verdict(interval)]
     if apart is not None:
         row += [in_short(apart["kl"], 4), f"{100 * apart['top1_agreement']:.2f}%"]
     return row

@@ -89,7 +89,27 @@ def test_the_hash_covers_names_of_files_and_every_part(package: Path) -> None:
 
 
 def test_the_parts_of_this_package_exist() -> None:
-    assert record.code_sha256(record.QUALITY) != record.code_sha256(record.RUNNING)
+    gptq, rtn = record.quality("gptq"), record.quality("rtn")
+    assert {"methods/gptq.py", "solvers/gptq.py", "solvers/ranges.py", "methods/base.py", "core"} <= set(gptq)
+    assert {"methods/rtn.py", "solvers/ranges.py"} <= set(rtn)
+    assert not {"solvers/gptq.py", "methods/gptq.py", "methods/table.py", "methods/options.py"} & set(rtn)
+    hashes = {record.code_sha256(parts) for parts in (gptq, rtn, (*gptq, *record.RUNNING))}
+    assert len(hashes) == 3
+
+
+def test_imports_are_followed_by_any_spelling(tmp_path: Path) -> None:
+    package = tmp_path / "bitfloor"
+    for name in ("a", "b", "c", "d", "e"):
+        (package / "solvers").mkdir(parents=True, exist_ok=True)
+        (package / "solvers" / f"{name}.py").write_text("")
+    path = package / "solvers" / "x.py"
+    path.write_text(
+        "import os, bitfloor.solvers.a\n"
+        "from bitfloor.solvers.b import thing\n"
+        "from bitfloor.solvers import c, unknown\n"
+        "def f():\n    from bitfloor.solvers.d import late\n"
+    )
+    assert record.imported(path, package) == [f"solvers/{name}.py" for name in "abcd"]
 
 
 def test_stale_by_code(package: Path, tmp_path: Path) -> None:
@@ -137,7 +157,7 @@ def test_commands_lose_their_paths() -> None:
 
 
 def test_the_header_has_no_path_and_no_host() -> None:
-    head = record.header()
+    head = record.header(record.quality("rtn"))
     assert set(head) == {"command", "versions", "commit", "dirty", "machine", "code", "date"}
     text = json.dumps(head)
     assert str(record.ROOT) not in text

@@ -82,9 +82,9 @@ def test_the_report_says_what_was_done(quantized: Folder) -> None:
     assert report["recipe"]["method"] == {
         "name": "gptq",
         "range": "search",
-        "importance": 0.5,
-        "static_groups": False,
-        "damping": 0.05,
+        "importance": 1.0,
+        "static_groups": True,
+        "damping": 0.01,
         "act_order": True,
         "correction": 0.0,
     }

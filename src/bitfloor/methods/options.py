@@ -41,9 +41,9 @@ class GptqConfig:
     """
 
     range: str = "search"
-    importance: float = 0.5
-    static_groups: bool = False
-    damping: float = 0.05
+    importance: float = 1.0
+    static_groups: bool = True
+    damping: float = 0.01
     act_order: bool = True
     correction: float = 0.0
 

@@ -25,7 +25,7 @@ def refusal(*arguments: Any, **options: Any) -> str:
 
 def test_the_promised_presets_exist() -> None:
     promised = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(("rtn", "rtn-minmax", "gptq"), (2, 3, 4))}
-    assert promised | {"gptq-w4g128"} <= set(preset_names())
+    assert promised | {"gptq-w4g128", "gptq-corrected-w3g64", "gptq-corrected-w2g64"} == set(preset_names())
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -34,7 +34,8 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
     kind, _, storage = name.rpartition("-")
     bits, group_size = storage.removeprefix("w").split("g")
     assert (recipe.spec.bits, recipe.spec.group_size) == (int(bits), int(group_size))
-    assert recipe.method.name == kind.removesuffix("-minmax")
+    assert recipe.method.name == kind.removesuffix("-minmax").removesuffix("-corrected")
+    assert bool(recipe.method.options.get("correction")) is ("corrected" in kind)
     assert recipe.method.options["range"] == ("minmax" if kind == "rtn-minmax" else "search")
     assert recipe.name == name and recipe.embedding.bits == 8
     assert recipe.description and "\n" not in recipe.description
@@ -139,12 +140,12 @@ def test_a_list_index_must_exist() -> None:
 
 
 def test_defaults_of_the_method_are_part_of_the_hash() -> None:
-    plain, spelt, other = (load_recipe("gptq-w4g64", o) for o in ([], ["method.damping=0.05"], ["method.damping=0.02"]))
+    plain, spelt, other = (load_recipe("gptq-w4g64", o) for o in ([], ["method.damping=0.01"], ["method.damping=0.02"]))
     assert plain.method.options == {
         "range": "search",
-        "importance": 0.5,
-        "static_groups": False,
-        "damping": 0.05,
+        "importance": 1.0,
+        "static_groups": True,
+        "damping": 0.01,
         "act_order": True,
         "correction": 0.0,
     }

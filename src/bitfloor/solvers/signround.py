@@ -3,7 +3,7 @@
 | symbol | here | meaning |
 | --- | --- | --- |
 | ``V`` | ``shift`` ``[O, I]`` | added to ``w / s`` before rounding, starts at 0 |
-| ``alpha, beta`` | ``low``, ``high`` ``[O, G]`` | factors on the minimum and the maximum of a group, start at 1, kept in [0, 1] |
+| ``alpha, beta`` | ``low``, ``high`` ``[O, G]`` | factors on a group's minimum and maximum, start at 1, kept in [0, 1] |
 | ``s, z`` | scale, zero-point | of a group, from ``alpha min`` and ``beta max`` |
 | ``g`` | ``grad`` ``[O, I]`` | gradient of the loss with respect to the fake-quantized weight |
 | ``m`` | | 1 where the code was not clamped, else 0 |
@@ -29,8 +29,8 @@ used, so they are never stored: :meth:`SignRound.step` goes from ``g`` to the up
     dL/dalpha = -min (dL/ds / n + dL/dz / s)      dL/dbeta = max dL/ds / n
 
 Deviations: the zero-point is added before rounding, not after, so that the start is the project's round-to-nearest bit
-for bit (the two differ at exact ties only); at a tie of ``A`` and ``B`` both factors move (automatic differentiation gives each half the gradient, whose
-sign is the same).
+for bit (the two differ at exact ties only); at a tie of ``A`` and ``B`` both factors move (automatic differentiation
+gives each half the gradient, whose sign is the same).
 """
 
 from __future__ import annotations

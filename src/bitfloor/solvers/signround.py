@@ -3,7 +3,7 @@
 | symbol | here | meaning |
 | --- | --- | --- |
 | ``V`` | ``shift`` ``[O, I]`` | added to ``w / s`` before rounding, starts at 0 |
-| ``alpha, beta`` | ``low``, ``high`` ``[O, G]`` | factors on a group's minimum and maximum, start at 1, kept in [0, 1] |
+| ``alpha, beta`` | ``low``, ``high`` ``[O, G]`` | factors on a group's minimum and maximum, from 1 down to 0 |
 | ``s, z`` | scale, zero-point | of a group, from ``alpha min`` and ``beta max`` |
 | ``g`` | ``grad`` ``[O, I]`` | gradient of the loss with respect to the fake-quantized weight |
 | ``m`` | | 1 where the code was not clamped, else 0 |

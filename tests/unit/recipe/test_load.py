@@ -25,7 +25,7 @@ def refusal(*arguments: Any, **options: Any) -> str:
 
 def test_the_promised_presets_exist() -> None:
     promised = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(("rtn", "rtn-minmax", "gptq"), (2, 3, 4))}
-    assert promised | {"gptq-w4g128", "gptq-corrected-w3g64", "gptq-corrected-w2g64"} == set(preset_names())
+    assert promised | {"gptq-w4g128"} == set(preset_names())
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -34,8 +34,7 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
     kind, _, storage = name.rpartition("-")
     bits, group_size = storage.removeprefix("w").split("g")
     assert (recipe.spec.bits, recipe.spec.group_size) == (int(bits), int(group_size))
-    assert recipe.method.name == kind.removesuffix("-minmax").removesuffix("-corrected")
-    assert bool(recipe.method.options.get("correction")) is ("corrected" in kind)
+    assert recipe.method.name == kind.removesuffix("-minmax")
     assert recipe.method.options["range"] == ("minmax" if kind == "rtn-minmax" else "search")
     assert recipe.name == name and recipe.embedding.bits == 8
     assert recipe.description and "\n" not in recipe.description

@@ -35,9 +35,12 @@ EVERY_METHOD = (
     "core",
     "calib",
     "ops",
+    "pipeline/job.py",
     "pipeline/run.py",
     "pipeline/ends.py",
-    "data/tokenize.py",
+    "formats/native.py",
+    "data",
+    "runtime/linear.py",
     "evaluation/perplexity.py",
 )
 METHOD_FOLDERS = ("methods/", "solvers/")

@@ -106,7 +106,8 @@ class BlockRunner:
         Args:
             xs: the block's inputs, batch ``i`` for captured call ``i``.
             fn: called as ``fn(name, rows)`` with rows ``[N, I]``; rows must not be changed.
-            names: matrices to look at. Those of one input group see the same rows: asking for one of them is enough.
+            names: matrices to look at. Those of one input group see the same rows at their first use: asking for
+                one of them is enough.
             overrides: weights to run with, see `forward`.
         """
         wanted = {self.ref(name).name for name in names}

@@ -76,7 +76,8 @@ class MatrixReport:
     """What is known of one quantized matrix.
 
     Args:
-        output_error: relative squared error of the layer's output on the calibration inputs, or None if none were read.
+        output_error: relative squared error of the layer's output on the calibration inputs, against the output
+            that was aimed at; None if no text was read.
         seconds: time spent on it; a share of its group's when matrices were solved together.
         note: a fallback that was taken, in words, or None.
     """
@@ -117,7 +118,7 @@ class Method(Protocol):
             block: the float block.
             inputs: its inputs in the quantized model, one ``[B, T, D]`` float32 a batch; empty when not needed.
             specs: matrix name to storage.
-            exact: the block's inputs in the float model, batch by batch the same tokens; empty when not needed.
+            exact: the block's inputs in the float model, batch by batch the same tokens; empty without `Need.EXACT`.
         """
 
 

@@ -17,7 +17,7 @@ from bitfloor.core.packed import dequantize
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need, stages
 from bitfloor.methods.options import GptqConfig
-from bitfloor.solvers.gptq import GridSearch, gptq
+from bitfloor.solvers.gptq import GptqResult, GridSearch, gptq
 from bitfloor.solvers.ranges import search_grid, tempered
 
 # Below this many calibration tokens per input channel the Hessian says more about the tokens than about the layer.
@@ -76,33 +76,31 @@ class Gptq:
             names = [name for name in group if specs[name] == spec]
             weights = [block.weight(name) for name in names]
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            grid, codes, note = self._codes(stacked, seen, spec)
+            solved, note = self._solved(stacked, seen, spec)
             seconds = (time.perf_counter() - began) / len(names)
             rows = [weight.shape[0] for weight in weights]
-            parts = zip(names, weights, codes.split(rows), split_grid(grid, rows), strict=True)
-            for name, weight, code, own in parts:
-                error = output_error(weight, decode(code, own), seen.hessian.total) if seen.hessian.rows else None
+            parts = zip(
+                names, solved.target.split(rows), solved.codes.split(rows), split_grid(solved.grid, rows), strict=True
+            )
+            for name, target, code, own in parts:
+                error = output_error(target, decode(code, own), seen.hessian.total) if seen.hessian.rows else None
                 result.weights[name] = pack(code, own)
                 result.reports[name] = MatrixReport(error, seconds, note)
 
-    def _codes(self, weight: Tensor, seen: _Seen, spec: QuantSpec) -> tuple[Grid, Tensor, str | None]:
-        """Grid and codes of one stacked matrix, and a note when something other than plain GPTQ was done."""
-        columns = weight.shape[1]
+    def _solved(self, weight: Tensor, seen: _Seen, spec: QuantSpec) -> tuple[GptqResult, str | None]:
+        """One stacked matrix on its grid, and a note when something other than plain GPTQ was done."""
+        config, columns = self.config, weight.shape[1]
         hessian, rows = seen.hessian.total, seen.hessian.rows
         if rows < MIN_TOKENS_PER_CHANNEL * columns:
             grid = search_grid(weight, torch.ones(columns, device=weight.device), spec)
             note = f"saw {rows} calibration tokens for {columns} input channels; rounded to nearest instead"
-            return grid, encode(weight, grid), note
-        config = self.config
+            return GptqResult(encode(weight, grid), grid, config.damping, weight), note
         importance = tempered(hessian.diagonal(), config.importance) if config.range == "search" else None
-        grids: Grid | GridSearch
-        if config.static_groups or spec.columns_per_group(columns) == columns:
-            grids = search_grid(weight, importance, spec)
-        else:
-            grids = GridSearch(
-                spec.columns_per_group(columns),
-                lambda _, part, at: search_grid(part, None if importance is None else importance[at], spec),
-            )
+        grids = GridSearch(
+            spec.columns_per_group(columns),
+            lambda _, part, at: search_grid(part, None if importance is None else importance[at], spec),
+            static=config.static_groups,
+        )
         solved = gptq(
             weight,
             hessian,
@@ -115,7 +113,7 @@ class Gptq:
         note = None
         if solved.damping > config.damping:
             note = f"damping raised from {config.damping:g} to {solved.damping:g} to factorise the Hessian"
-        return solved.grid, solved.codes, note
+        return solved, note
 
 
 class _Seen:

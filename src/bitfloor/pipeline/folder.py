@@ -102,6 +102,30 @@ def only_writer(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def own_spill(spill: Path | None, out: Path) -> Iterator[Path | None]:
+    """A folder below ``spill`` for this run alone, named after its output folder; gone when the run has ended.
+
+    What a killed run left there is removed first, so runs may share ``spill``: two of one output folder do not exist.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    if spill is None:
+        yield None
+        return
+    own = spill / f"bitfloor-{hashlib.sha256(os.fsencode(out.resolve())).hexdigest()[:12]}"
+    shutil.rmtree(own, ignore_errors=True)
+    try:
+        own.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot make the spill folder {own}: {error.strerror}; give another one.") from error
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
 def clear_finished(out: Path) -> None:
     """Remove a finished checkpoint that is to be replaced, and nothing else; ``config.json`` goes first."""
     report = finished_report(out)

@@ -19,14 +19,11 @@ FLOAT = 4
 DOUBLE = 8
 # What the process takes beyond what it holds when it plans: thread pools, operator caches, allocator slack. Measured
 # (bench/memory.py) and nearly constant.
-OVERHEAD = 60 << 20
+OVERHEAD = 40 << 20
 # Float32 copies of one panel of an embedding alive at once in the range search.
 PANEL_COPIES = 10
-# Bytes an entry of the Hessian takes while its inverse is factorised: two float64 matrices, the sum itself and its
-# permuted copy in float32.
-FACTOR_BYTES = 2 * DOUBLE + 2 * FLOAT
-# Float32 tensors of the shape of the stacked weights alive at once inside a solver: weights, permuted copy, codes, and
-# what the error of the result is computed from.
+# Float32 tensors of the shape of the stacked weights alive at once inside a solver: the permuted and moved
+# copy, codes, and what the error of the result is computed from.
 SOLVER_COPIES = 4
 # Hidden-width and intermediate-width float32 activations of one batch alive at once inside a block's forward.
 ACTIVATION_COPIES = 6
@@ -152,22 +149,32 @@ def _table_memory(source: SourceModel, assignment: Assignment) -> int:
 
 
 def _solver_memory(source: SourceModel, job: Job, assignment: Assignment) -> int:
+    """The most that solving one input group takes, over all groups."""
     needs = job.method.needs
     worst = 0
     for ref in source.map.matrices:
         if ref.name not in assignment.specs:
             continue
-        # Matrices fed by one tensor are solved together; three of equal shape is the usual most.
-        peers = sum(1 for other in source.map.block_matrices(ref.block) if other.shape[1] == ref.shape[1])
-        stacked = min(peers, 3) * ref.shape[0] * ref.shape[1] if ref.kind != "expert" else ref.shape[0] * ref.shape[1]
-        memory = SOLVER_COPIES * FLOAT * stacked
+        peers = [other for other in source.map.block_matrices(ref.block) if _together(ref, other)]
+        stacked = FLOAT * sum(other.shape[0] * other.shape[1] for other in peers)
+        stack = stacked if len(peers) > 1 else 0
+        square = FLOAT * ref.shape[1] ** 2
+        memory = stack + SOLVER_COPIES * stacked
         if Need.HESSIAN in needs:
-            sums = sum(1 for other in source.map.block_matrices(ref.block) if other.param == ref.param)
-            memory += ref.shape[1] ** 2 * (FACTOR_BYTES + FLOAT * max(sums - 1, 0))
-            if Need.EXACT in needs:  # the drift of every sum, and the moved target with what it is computed from
-                memory += ref.shape[1] ** 2 * FLOAT * max(sums, 1) + 2 * FLOAT * stacked
+            # Those of one stage are alive at once: one, or one an expert; with their drift if the method measures it.
+            alive = max(1, sum(1 for other in source.map.block_matrices(ref.block) if other.param == ref.param))
+            sums = alive * square * (2 if Need.EXACT in needs else 1)
+            memory = stack + sums + square + max(2 * DOUBLE // FLOAT * square, SOLVER_COPIES * stacked)
         worst = max(worst, memory)
     return worst
+
+
+def _together(ref: MatrixRef, other: MatrixRef) -> bool:
+    """Whether two matrices may be solved as one: those of one module with the same number of inputs, no experts."""
+    if ref.kind == "expert" or other.kind == "expert":
+        return ref.name == other.name
+    parents = (ref.name.rpartition(".")[0], other.name.rpartition(".")[0])
+    return parents[0] == parents[1] and ref.shape[1] == other.shape[1]
 
 
 def resident_memory() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from bitfloor.core.errors import InputError
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.finish import write_checkpoint
-from bitfloor.pipeline.folder import clear_finished, damaged_file, only_writer, prepare
+from bitfloor.pipeline.folder import clear_finished, damaged_file, only_writer, own_spill, prepare
 from bitfloor.pipeline.job import Job, assign
 from bitfloor.pipeline.journal import Journal, differences
 from bitfloor.pipeline.run import Run, RunOptions
@@ -67,10 +68,10 @@ def quantize_model(
         if journal.folder.exists():  # killed after config.json was written and before the journal was removed
             journal.close()
         return finished
-    with only_writer(out):
+    with only_writer(out), own_spill(options.spill, out) as spill:
         journal.begin(resume)
         clear_finished(out)
-        Run(source, job, assignment, journal, batches, options).execute()
+        Run(source, job, assignment, journal, batches, replace(options, spill=spill)).execute()
         return write_checkpoint(source, job, assignment, journal, out)
 
 

@@ -155,7 +155,8 @@ class Run:
         try:
             specs = self.assignment.of_block(k)
             inputs: Batches = self._quantized if self._quantized is not None else ()
-            exact: Batches = self._float if self._float is not None else ()
+            wanted = Need.EXACT in self.job.method.needs
+            exact: Batches = self._float if wanted and self._float is not None else ()
             result = self.job.method.quantize_block(runner, inputs, specs, exact)
             absent = sorted(set(specs) - set(result.weights))
             if absent:

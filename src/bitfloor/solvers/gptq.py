@@ -43,16 +43,18 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class GridSearch:
-    """How to find the grid of a group when the sweep reaches it.
+    """How to find the grid of a group.
 
     Args:
         group_size: columns per group; the last group may be short.
-        find: called as ``find(group, weights [O, g], columns [g])`` with the index of the group, its updated weights
-            in natural order and their column numbers; returns a grid of one group.
+        find: called as ``find(group, weights [O, g], columns [g])`` with the index of the group, its weights as
+            they are by then, in natural order, and their column numbers; returns a grid of one group.
+        static: find all grids before the sweep, from the target; otherwise each when the sweep reaches its group.
     """
 
     group_size: int
     find: Callable[[int, Tensor, Tensor], Grid]
+    static: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,13 @@ class GptqResult:
         codes: ``[O, I]`` uint8, natural column order.
         grid: the grid of the codes: the one given, or the one found.
         damping: the relative damping that was used in the end.
+        target: ``[O, I]`` float32, what the codes approximate: the weight, or the weight corrected for drift.
     """
 
     codes: Tensor
     grid: Grid
     damping: float
+    target: Tensor
 
 
 def gptq(
@@ -88,8 +92,8 @@ def gptq(
             never see an input: they are rounded to nearest and take part in nothing.
         grid: the grid of the matrix, or how to find it; widths may differ from group to group.
         damping: added to the diagonal, relative to its mean. Raised tenfold until the factorisation succeeds.
-        act_order: treat columns (with a :class:`GridSearch` groups, and columns inside them) in order of falling
-            diagonal.
+        act_order: treat columns in order of falling diagonal; groups, and columns inside them, where grids are found
+            on the way.
         drift: ``[I, I]`` ``(X - X')^T X'`` in the scale of the Hessian, with ``X`` the inputs in the float model and
             ``X'`` those that the Hessian was made of.
         correction: share ``a`` of the drift that the target makes up for.
@@ -101,7 +105,8 @@ def gptq(
         raise BitfloorError("the Hessian holds NaN or Inf: the calibration activations overflowed; check the model.")
     columns = weight.shape[1]
     groups = torch.arange(columns, device=weight.device) // grid.group_size
-    order = _order(hessian.diagonal(), groups, act_order, whole_groups=isinstance(grid, GridSearch))
+    on_the_way = isinstance(grid, GridSearch) and not grid.static
+    order = _order(hessian.diagonal(), groups, act_order, whole_groups=on_the_way)
     permuted = hessian[order][:, order]
     trim_heap()
     factor, used = inverse_factor(permuted, damping)
@@ -110,17 +115,23 @@ def gptq(
     trim_heap()
     target = weight.float()
     if drift is not None and correction:
-        target = target[:, order] + (correction * (target @ drift)[:, order]) @ factor.T @ factor
-    else:
-        target = target[:, order]
-    sweep = _Sweep(target, factor)
+        moved = (correction * (target @ drift)[:, order]) @ factor.T @ factor
+        target = target.clone()
+        target[:, order] += moved
+        del moved
+    if isinstance(grid, GridSearch) and grid.static:
+        numbers = range(int(groups[-1]) + 1)
+        at = [torch.nonzero(groups == number).flatten() for number in numbers]
+        parts = [grid.find(number, target[:, at[number]], at[number]) for number in numbers]
+        grid = join_groups(parts, grid.group_size)
+    sweep = _Sweep(target[:, order], factor)
     if isinstance(grid, Grid):
         sweep.through(0, columns, grid, groups[order])
     else:
         grid = _find_and_sweep(sweep, grid, order, groups[order])
     codes = torch.empty_like(sweep.codes)
     codes[:, order] = sweep.codes
-    return GptqResult(codes, grid, used)
+    return GptqResult(codes, grid, used, target)
 
 
 def _order(diagonal: Tensor, groups: Tensor, act_order: bool, *, whole_groups: bool) -> Tensor:

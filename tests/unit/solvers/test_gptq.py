@@ -356,3 +356,28 @@ def test_no_share_and_no_drift_change_nothing() -> None:
     assert torch.equal(gptq(weight, hessian, grid, drift=torch.zeros_like(drift), correction=0.5).codes, plain)
     with pytest.raises(BitfloorError, match="NaN or Inf"):
         gptq(weight, hessian, grid, drift=drift * float("nan"), correction=0.5)
+
+
+def test_static_grids_are_those_of_the_corrected_weights() -> None:
+    weight, exact, found = drifted()
+    hessian, drift = found.T @ found, (exact - found).T @ found
+    asked: list[tuple[int, Tensor]] = []
+
+    def find(group: int, part: Tensor, at: Tensor) -> Grid:
+        asked.append((group, part.clone()))
+        return minmax_grid(part, QuantSpec(3, 10))
+
+    result = gptq(weight, hessian, GridSearch(10, find, static=True), drift=drift, correction=1.0)
+    assert [group for group, _ in asked] == [0, 1, 2]
+    assert torch.equal(torch.cat([part for _, part in asked], 1), result.target)
+    assert not torch.allclose(result.target, weight, atol=1e-2)
+    whole = minmax_grid(result.target, QuantSpec(3, 10))
+    assert torch.equal(result.grid.scale, whole.scale) and torch.equal(result.grid.shift, whole.shift)
+
+
+def test_static_search_without_drift_is_a_given_grid() -> None:
+    case = correlated(5, 70)
+    search = GridSearch(32, lambda _, part, at: minmax_grid(part, QuantSpec(3, 32)), static=True)
+    result = gptq(case.weight, case.hessian, search)
+    assert torch.equal(result.codes, gptq(case.weight, case.hessian, minmax_grid(case.weight, QuantSpec(3, 32))).codes)
+    assert torch.equal(result.target, case.weight)

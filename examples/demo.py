@@ -121,6 +121,9 @@ def main() -> int:
     except BitfloorError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; what was quantized is kept, the same command continues", file=sys.stderr)
+        return 130
     show(float_words, results)
     last = options.out / RUNS[-1][0]
     print(f"\ntotal: {time.perf_counter() - BEGAN:.0f} s\n\nNext:")

@@ -14,6 +14,7 @@ from bitfloor.cli.inspect import summary
 from bitfloor.cli.inspection import inspect_folder
 from bitfloor.cli.progress import watching
 from bitfloor.core.errors import BitfloorError
+from bitfloor.recipe.load import load_recipe
 
 DEFAULT_RECIPE = "gptq-w4g64"
 
@@ -61,6 +62,7 @@ def quantize(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize a model. The same command continues an interrupted run."""
+    load_recipe(recipe, overrides or (), calibration=calibration)  # a slip is told before torch is imported
     from bitfloor import api
 
     try:
@@ -115,6 +117,7 @@ def plan(
 
     Loads no weights, and refuses what does not fit in memory.
     """
+    load_recipe(recipe, overrides or (), calibration=calibration)
     from bitfloor import api
 
     planned = api.plan(

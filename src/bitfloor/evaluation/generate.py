@@ -76,7 +76,7 @@ def generate_text(
     new = _sample(model, ids, _settings(model, tokenizer, count, temperature), seed)
     ended = bool(new) and new[-1] in _end_tokens(model, tokenizer)
     stopped = "end" if ended else "length" if count == max_new_tokens else "context"
-    return Generation(tokenizer.decode(new, skip_special_tokens=True), len(ids), len(new), stopped)
+    return Generation(_continuation(tokenizer, ids, new), len(ids), len(new), stopped)
 
 
 class _RefuseNonFinite(LogitsProcessor):
@@ -102,6 +102,16 @@ def _prompt_ids(model: Any, tokenizer: Any, prompt: str, chat: bool) -> list[int
         if start is not None:
             return [int(start)]
     raise InputError("The prompt is empty and this model has no start token; give at least one word.")
+
+
+def _continuation(tokenizer: Any, ids: list[int], new: list[int]) -> str:
+    """The new tokens' text as it follows the prompt: some tokenizers drop the space a decoded text begins with."""
+    before = tokenizer.decode(ids, skip_special_tokens=True)
+    whole = tokenizer.decode([*ids, *new], skip_special_tokens=True)
+    text: str = (
+        whole[len(before) :] if before and whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
+    )
+    return text
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

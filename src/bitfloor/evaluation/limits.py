@@ -31,7 +31,8 @@ def check_windows(model: Any, windows: Tensor) -> None:
     length = context_length(model)
     if length is not None and windows.shape[1] > length:
         raise InputError(
-            f"seqlen = {windows.shape[1]:,} is longer than this model's context of {length:,} tokens; use at most that."
+            f"seqlen = {windows.shape[1]:,} is longer than this model's context of {length:,} tokens; use at most that "
+            "(--seqlen)."
         )
     vocabulary = getattr(_text_config(model), "vocab_size", None)
     highest, lowest = int(windows.max()), int(windows.min())

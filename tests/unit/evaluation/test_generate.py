@@ -26,7 +26,7 @@ def test_greedy_equals_repeated_argmax(llama, words) -> None:
     words.eos_token = None
     made = generate_text(model, words, "w1 w2 w3", max_new_tokens=6)
     expected = greedy(model, [4, 5, 6], 6)[3:]
-    assert made.text == words.decode(expected, skip_special_tokens=True)
+    assert made.text == " " + words.decode(expected, skip_special_tokens=True)  # as it follows the prompt
     assert (made.prompt_tokens, made.new_tokens, made.stopped) == (3, 6, "length")
 
 

@@ -25,8 +25,10 @@ PANEL_COPIES = 10
 # Float32 tensors of the shape of the stacked weights alive at once inside a solver: the permuted and moved
 # copy, codes, and what the error of the result is computed from.
 SOLVER_COPIES = 4
-# Hidden-width and intermediate-width float32 activations of one batch alive at once inside a block's forward.
-ACTIVATION_COPIES = 6
+# Hidden-width and intermediate-width float32 activations of one batch alive at once inside a block's forward, and as
+# many again that the allocator has not found a new use for.
+HIDDEN_COPIES = 12
+WIDEST_COPIES = 6
 
 
 def spec_layout(ref: MatrixRef, spec: QuantSpec) -> Layout:
@@ -127,7 +129,7 @@ def peak_memory(
         batch = min(batch, sequences)
         streams = 2 * FLOAT * hidden * seqlen * (batch if spill else sequences)
         widest = max((max(ref.shape) for ref in source.map.matrices), default=hidden)
-        moving = FLOAT * batch * seqlen * (ACTIVATION_COPIES * hidden + 3 * widest)
+        moving = FLOAT * batch * seqlen * (HIDDEN_COPIES * hidden + WIDEST_COPIES * widest)
     # A block: its weights in float32, and once more dequantized.
     block = 2 * FLOAT * max(blocks, default=0) + max(moving, _solver_memory(source, job, assignment))
     head = source.map.head

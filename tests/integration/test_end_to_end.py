@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bitfloor import api
 from bitfloor.cli.inspection import inspect_folder
 from bitfloor.cli.main import main
 from bitfloor.formats.checkpoint import read_checkpoint
+from bitfloor.methods.options import GptqConfig
 from bitfloor.runtime.linear import PackedMatrix, cache_weights
 
 Folder = Callable[..., Path]
@@ -79,15 +81,7 @@ def test_the_report_says_what_was_done(quantized: Folder) -> None:
     }
     assert set(report["bytes"]) == {"total", "linears", "embeddings", "other"}
     assert sum(v for k, v in report["bytes"].items() if k != "total") == report["bytes"]["total"]
-    assert report["recipe"]["method"] == {
-        "name": "gptq",
-        "range": "search",
-        "importance": 1.0,
-        "static_groups": True,
-        "damping": 0.01,
-        "act_order": True,
-        "correction": 0.0,
-    }
+    assert report["recipe"]["method"] == {"name": "gptq", **asdict(GptqConfig())}
     assert report["made_from"]["recipe"] == report["recipe_sha256"]
     errors = []
     for name, matrix in report["matrices"].items():

@@ -86,42 +86,6 @@ def test_two_runs_give_the_same_bytes(model: Path, small: Recipe, expected: dict
     assert not list((tmp_path / "spill").iterdir())  # the activations are gone when the run is
 
 
-def test_runs_may_share_a_spill_folder(model: Path, small: Recipe, expected: dict[str, str], tmp_path: Path) -> None:
-    spill, other = tmp_path / "spill", tmp_path / "other"
-
-    def meddle(event: Event) -> None:  # in the middle of the first run, a second one comes and goes
-        if event.kind == "block" and event.block == 1:
-            api.quantize(model, other, small, spill=spill)
-
-    api.quantize(model, tmp_path / "out", small, spill=spill, progress=meddle)
-    assert contents(tmp_path / "out") == contents(other) == expected
-    assert not list(spill.iterdir())
-
-
-def test_what_a_killed_run_spilled_is_removed(model: Path, small: Recipe, tmp_path: Path) -> None:
-    spill = tmp_path / "spill"
-    found: list[Path] = []
-
-    def look(event: Event) -> None:
-        found.extend(spill.iterdir())
-        raise Stopped
-
-    with pytest.raises(Stopped):
-        api.quantize(model, tmp_path / "out", small, spill=spill, progress=look)
-    left = found[0] / "float" / "000000.123.tmp"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"half a batch")
-    api.quantize(model, tmp_path / "out", small, spill=spill)
-    assert not list(spill.iterdir())
-
-
-def test_a_spill_folder_that_cannot_be_made_is_wrong_input(model: Path, small: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot make the spill folder"):
-        api.quantize(model, tmp_path / "out", small, spill=tmp_path / "file")
-    assert not list((tmp_path / "out").iterdir())
-
-
 @pytest.mark.parametrize(("block", "error"), [(0, Stopped()), (1, KeyboardInterrupt()), (2, Stopped())])
 def test_stopped_after_a_block(
     block: int, error: BaseException, model: Path, small: Recipe, expected: dict[str, str], tmp_path: Path

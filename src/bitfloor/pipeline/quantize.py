@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitfloor.core.errors import InputError
 from bitfloor.modeling.loader import SourceModel
+from bitfloor.pipeline.allocator import steady_allocation
 from bitfloor.pipeline.finish import write_checkpoint
 from bitfloor.pipeline.folder import clear_finished, damaged_file, only_writer, own_spill, prepare
 from bitfloor.pipeline.job import Job, assign
@@ -68,6 +69,7 @@ def quantize_model(
         if journal.folder.exists():  # killed after config.json was written and before the journal was removed
             journal.close()
         return finished
+    steady_allocation()
     with only_writer(out), own_spill(options.spill, out) as spill:
         journal.begin(resume)
         clear_finished(out)

@@ -34,7 +34,7 @@ DATA = "BITFLOOR_BENCH_DATA"
 EVERY_METHOD = (
     "core",
     "calib",
-    "ops",
+    "ops/reference.py",
     "pipeline/job.py",
     "pipeline/run.py",
     "pipeline/ends.py",
@@ -43,7 +43,7 @@ EVERY_METHOD = (
     "runtime/linear.py",
     "evaluation/perplexity.py",
 )
-METHOD_FOLDERS = ("methods/", "solvers/")
+METHOD_FOLDERS = ("methods/", "solvers/", "ops/")
 # What options there are and what they may be; which values were used is in the recipe's own hash.
 UNCOUNTED = ("methods/options.py", "methods/table.py")
 # Memory and resuming depend on how tensors are read, held and written too.

@@ -227,13 +227,14 @@ def make_job(recipe: Recipe, source: SourceModel) -> Job:
     """Translate a recipe for one model.
 
     Raises:
-        InputError: a layer rule that matches nothing.
+        InputError: a layer rule that matches nothing, or a width the method does not know.
     """
     recipe.check_rules([ref.name for ref in source.map.matrices])
-
+    method = METHODS[recipe.method.name]
+    _check_widths(recipe, source, getattr(method, "min_bits", 1))
     head = recipe.embedding if recipe.head.bits is None else recipe.head
     return Job(
-        method=METHODS[recipe.method.name](build_config(recipe.method, recipe.name)),
+        method=method(build_config(recipe.method, recipe.name)),
         decide=recipe.decide,
         embedding=_end_spec(recipe.embedding.bits, recipe.embedding.group_size, recipe),
         head=_end_spec(head.bits or 16, head.group_size, recipe),
@@ -241,6 +242,16 @@ def make_job(recipe: Recipe, source: SourceModel) -> Job:
         recipe_name=recipe.name,
         recipe_sha256=recipe.sha256(),
     )
+
+
+def _check_widths(recipe: Recipe, source: SourceModel, least: int) -> None:
+    for ref in source.map.matrices:
+        spec, _ = recipe.decide(ref.name)
+        if spec is not None and spec.bits < least:
+            raise InputError(
+                f"{ref.name} is to be stored at {spec.bits} bit, and {recipe.method.name} needs at least {least}; "
+                "raise its bits, keep the matrix with a layer rule, or choose another method."
+            )
 
 
 def _end_spec(bits: int, group_size: int, recipe: Recipe) -> QuantSpec | None:

@@ -57,4 +57,43 @@ class GptqConfig:
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"range": ("search", "minmax")}
 
 
-OPTIONS: dict[str, type[Any]] = {"rtn": RtnConfig, "gptq": GptqConfig}
+@dataclass(frozen=True)
+class SignroundConfig:
+    """Options of ``method: {name: signround}``.
+
+    Args:
+        steps: updates a block; 0 is round-to-nearest.
+        rate: first step of the rounding, in steps of the grid; falls linearly to zero. null is ``1 / steps``.
+        range_rate: first step of the ranges' factors; null is ``rate``.
+        ranges: learn the ranges too, not only the rounding.
+        accumulate: batches (of ``calibration.batch_size`` sequences) an update sums.
+        check_every: updates between two looks at the fixed batches that decide which step is best.
+        fixed_batches: how many those are.
+        patience: looks without a new best after which a block ends early; null = never.
+    """
+
+    steps: int = 200
+    rate: float | None = None
+    range_rate: float | None = None
+    ranges: bool = True
+    accumulate: int = 1
+    check_every: int = 25
+    fixed_batches: int = 4
+    patience: int | None = None
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.steps <= 1_000_000:
+            raise InputError(f"steps = {self.steps} is not a number of updates; use 0 (round to nearest) to 1000000.")
+        for name in ("rate", "range_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise InputError(f"{name} = {value:g} is not a step between 0 and 1; leave it out for 1 / steps.")
+        for name in ("accumulate", "check_every", "fixed_batches", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} = {value} is not allowed; use a positive number.")
+
+
+OPTIONS: dict[str, type[Any]] = {"rtn": RtnConfig, "gptq": GptqConfig, "signround": SignroundConfig}

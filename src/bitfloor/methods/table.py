@@ -6,5 +6,6 @@ from typing import Any
 
 from bitfloor.methods.gptq import Gptq
 from bitfloor.methods.rtn import Rtn
+from bitfloor.methods.signround import Signround
 
-METHODS: dict[str, type[Any]] = {method.name: method for method in (Rtn, Gptq)}
+METHODS: dict[str, type[Any]] = {method.name: method for method in (Rtn, Gptq, Signround)}

@@ -29,6 +29,12 @@ SOLVER_COPIES = 4
 # many again that the allocator has not found a new use for.
 HIDDEN_COPIES = 12
 WIDEST_COPIES = 6
+# Bytes of a weight that is learned: shift, fake-quantized weight, its gradient and what the gradient is summed from in
+# float32, and the code of the best step.
+LEARNT_BYTES = 4 * FLOAT + 1
+# As above, for a forward whose intermediate results are kept for the way back.
+KEPT_HIDDEN_COPIES = 16
+KEPT_WIDEST_COPIES = 5
 
 
 def spec_layout(ref: MatrixRef, spec: QuantSpec) -> Layout:
@@ -123,20 +129,35 @@ def peak_memory(
         if name.startswith(prefix):
             blocks[int(name[len(prefix) :].split(".")[0])] += count
     hidden = int(source.config.get_text_config().hidden_size)
-    streams = moving = 0
+    streams = moving = learning = 0
     if data is not None:
         sequences, seqlen, batch = data
         batch = min(batch, sequences)
         streams = 2 * FLOAT * hidden * seqlen * (batch if spill else sequences)
         widest = max((max(ref.shape) for ref in source.map.matrices), default=hidden)
         moving = FLOAT * batch * seqlen * (HIDDEN_COPIES * hidden + WIDEST_COPIES * widest)
-    # A block: its weights in float32, and once more dequantized.
-    block = 2 * FLOAT * max(blocks, default=0) + max(moving, _solver_memory(source, job, assignment))
+        if Need.GRADIENTS in job.method.needs:
+            kept = FLOAT * batch * seqlen * (KEPT_HIDDEN_COPIES * hidden + KEPT_WIDEST_COPIES * widest)
+            # The float block's outputs are held in memory wherever the streams are.
+            learning = LEARNT_BYTES * _largest_block(assignment) + kept + FLOAT * hidden * seqlen * sequences
+    # A block: its weights in float32, and once more dequantized, or what learns them.
+    weights = FLOAT * max(blocks, default=0)
+    block = weights + max(learning, weights + max(moving, _solver_memory(source, job, assignment)))
     head = source.map.head
     skipped = held[head.param][0] if head is not None and not source.map.tied else 0
     outside = sum(count for name, (count, _) in held.items() if not name.startswith(prefix)) - skipped
     capture = FLOAT * outside + moving if data is not None else 0
     return resident_memory() + OVERHEAD + max(streams + block, streams + capture, _table_memory(source, assignment))
+
+
+def _largest_block(assignment: Assignment) -> int:
+    """Quantized weights of the block that has most of them."""
+    counts: dict[int, int] = {}
+    for name in assignment.specs:
+        ref = assignment.refs[name]
+        if ref.block >= 0:
+            counts[ref.block] = counts.get(ref.block, 0) + ref.shape[0] * ref.shape[1]
+    return max(counts.values(), default=0)
 
 
 def _table_memory(source: SourceModel, assignment: Assignment) -> int:

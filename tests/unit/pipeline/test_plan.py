@@ -55,6 +55,18 @@ def test_a_method_without_text_needs_less(source: SourceModel) -> None:
     assert peak(source, None, method={"name": "rtn", "range": "minmax"}) < peak(source, (8, 64, 4))
 
 
+def test_learning_needs_its_parameters_and_what_the_way_back_keeps(source: SourceModel) -> None:
+    learned = {"method": {"name": "signround"}}
+    text = (64, 64, 4)
+    assert peak(source, text, **learned) > peak(source, text, method={"name": "rtn"})
+    # A rule that keeps a matrix out of it: shift, weight, gradient, its parts, and codes of the best step.
+    kept = peak(source, text, **learned, layers=[{"match": "*.down_proj", "keep": True}])
+    assert peak(source, text, **learned) - kept == 17 * 48 * 80
+    # The targets, [sequences, 64, 48] float32, do not go to disk.
+    spilled = [peak(source, (sequences, 64, 4), spill=True, **learned) for sequences in (64, 164)]
+    assert spilled[1] - spilled[0] == 4 * 100 * 64 * 48
+
+
 def test_every_matrix_is_in_the_plan_once(source: SourceModel) -> None:
     changes = {"layers": [{"match": "*.down_proj", "keep": True, "reason": "sensitive"}], "head": {"bits": 16}}
     job = make_job(load_recipe({**RECIPE, **changes}), source)

@@ -23,8 +23,11 @@ def refusal(*arguments: Any, **options: Any) -> str:
     return str(caught.value)
 
 
+KINDS = ("rtn", "rtn-minmax", "gptq", "signround", "signround-light", "signround-best")
+
+
 def test_the_promised_presets_exist() -> None:
-    promised = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(("rtn", "rtn-minmax", "gptq"), (2, 3, 4))}
+    promised = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(KINDS, (2, 3, 4))}
     assert promised | {"gptq-w4g128"} == set(preset_names())
 
 
@@ -34,8 +37,13 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
     kind, _, storage = name.rpartition("-")
     bits, group_size = storage.removeprefix("w").split("g")
     assert (recipe.spec.bits, recipe.spec.group_size) == (int(bits), int(group_size))
-    assert recipe.method.name == kind.removesuffix("-minmax")
-    assert recipe.method.options["range"] == ("minmax" if kind == "rtn-minmax" else "search")
+    method, _, variant = kind.partition("-")
+    assert recipe.method.name == method
+    if method == "signround":
+        assert recipe.method.options["steps"] == {"light": 50, "": 200, "best": 1000}[variant]
+        assert recipe.spec.symmetric
+    else:
+        assert recipe.method.options["range"] == (variant or "search")
     assert recipe.name == name and recipe.embedding.bits == 8
     assert recipe.description and "\n" not in recipe.description
 

@@ -1,0 +1,88 @@
+"""SignRound (arXiv 2309.05516) over a block: all its matrices learn together, against the float model's output."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bitfloor.core.affine import pack
+from bitfloor.core.heap import trim_heap
+from bitfloor.core.spec import QuantSpec
+from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need
+from bitfloor.methods.options import SignroundConfig
+from bitfloor.solvers.block_opt import Outcome, Schedule, optimise
+from bitfloor.solvers.signround import SignRound
+
+
+class Signround:
+    """Learned rounding and clipping by signed gradient descent.
+
+    The quantized block sees what the quantized model feeds it; its output is compared with the float block's on what
+    the float model feeds that (section 3.3 of the paper; its code calls it "quantized input"). The last position of a
+    sequence predicts nothing and is not compared.
+
+    Deviations: a mini-batch is one of the run's batches, so which sequences meet in it stays the same from pass to
+    pass, only their order changes; and the best step is chosen on fixed batches.
+    """
+
+    name: ClassVar[str] = "signround"
+    paper: ClassVar[str] = "SignRound, arXiv 2309.05516"
+    summary: ClassVar[str] = "rounding and ranges learned by signed gradient descent, block by block; an hour per model"
+    Config: ClassVar[type[SignroundConfig]] = SignroundConfig
+    min_bits: ClassVar[int] = 2
+
+    def __init__(self, config: SignroundConfig) -> None:
+        self.config = config
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.INPUTS, Need.EXACT, Need.GRADIENTS})
+
+    def quantize_block(
+        self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], exact: Batches = ()
+    ) -> BlockResult:
+        """See :class:`bitfloor.methods.base.Method`."""
+        result = BlockResult()
+        if not specs:
+            return result
+        began = time.perf_counter()
+        outcome = self._learn(block, inputs, specs, exact)
+        seconds = (time.perf_counter() - began) / len(specs)
+        for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
+            result.weights[name] = pack(codes, grid)
+            # What went wrong concerns the whole block; it is said once.
+            result.reports[name] = MatrixReport(None, seconds, outcome.note if index == 0 else None)
+        trim_heap()
+        return result
+
+    def _learn(self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], exact: Batches) -> Outcome:
+        """Learn all matrices of the block at once; snapshots of the best step."""
+        config = self.config
+        with torch.no_grad():
+            targets = [block.forward(x, batch) for batch, x in enumerate(exact)]
+        learnt = {name: SignRound(block.weight(name), spec, tune_range=config.ranges) for name, spec in specs.items()}
+
+        def loss(batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+            difference = block.forward(inputs[batch], batch, weights) - targets[batch]
+            return difference[:, :-1].square().mean()
+
+        every = range(len(inputs))
+        schedule = Schedule(
+            steps=config.steps,
+            rate=config.rate,
+            range_rate=config.range_rate,
+            accumulate=config.accumulate,
+            check_every=config.check_every,
+            patience=config.patience,
+        )
+        return optimise(learnt, loss, every, spread(every, config.fixed_batches), schedule)
+
+
+def spread(batches: range, count: int) -> list[int]:
+    """Some of the batches, evenly spaced; all of them when they are fewer."""
+    count = min(count, len(batches))
+    return [batches[i * len(batches) // count] for i in range(count)]

@@ -16,8 +16,8 @@ PACKAGE = "bitfloor"
 # Imports point down only, and never sideways into another folder of the same level (docs: the design's table).
 LEVELS = {
     "core": 0,
-    "solvers": 1,
     "ops": 1,
+    "solvers": 2,
     "calib": 2,
     "modeling": 2,
     "formats": 2,

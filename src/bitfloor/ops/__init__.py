@@ -1,1 +1,1 @@
-"""L1: products with packed matrices. The plain torch functions here define the result; kernels must agree with them."""
+"""L1: kernels. The plain torch functions here define the result; native code must agree with them."""

@@ -1,1 +1,1 @@
-"""L1: the papers' mathematics. Tensors and numbers in, tensors out."""
+"""L2: the papers' mathematics. Tensors and numbers in, tensors out."""

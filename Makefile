@@ -22,7 +22,8 @@ $(STAMP)/torch:
 	$(INSTALL) "$(TORCH)"
 	@touch $@
 
-$(STAMP)/package: $(STAMP)/torch pyproject.toml
+# Builds the native library too, if there is a C++ compiler.
+$(STAMP)/package: $(STAMP)/torch pyproject.toml setup.py $(wildcard csrc/*)
 	@test -f .setup-began || date +%s > .setup-began
 	$(INSTALL) -e ".[dev,gguf]"
 	@touch $@
@@ -50,4 +51,4 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 clean:
-	rm -rf $(VENV) .setup-began .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info
+	rm -rf $(VENV) .setup-began .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info src/bitfloor/ops/_native*

@@ -1,4 +1,4 @@
-"""What is installed here, and which kernels compute with packed weights and why (L6)."""
+"""What is installed here, and which kernels compute and why the others do not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from bitfloor.ops import native
 
 EXTRAS = {
     "gguf": ("gguf", "reading .gguf models", "pip install gguf"),
@@ -33,6 +35,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none found by torch",
         "kernels": {
             "reference (torch)": "active",
+            "learned rounding (C++)": _rounding(),
             "cpu (C++)": "not in this version; packed weights are dequantized panel by panel with torch",
             "gpu (Triton)": "not in this version; packed weights are dequantized panel by panel with torch",
         },
@@ -41,6 +44,11 @@ def environment() -> dict[str, Any]:
             for name, (module, use, command) in EXTRAS.items()
         },
     }
+
+
+def _rounding() -> str:
+    reason = native.loaded().reason
+    return f"not used: {reason}; torch computes the same values, more slowly" if reason else "active"
 
 
 def _version(name: str) -> str:

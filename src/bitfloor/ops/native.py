@@ -1,0 +1,162 @@
+"""The native library (``csrc/``): whether it is there, why not, and its functions for tensors.
+
+The library is plain C behind :mod:`ctypes`, without any of Python's or torch's headers. It is optional: installing
+builds it where there is a C++ compiler, and everything it computes has a definition in torch. It is used when it lies
+in this folder, loads, and says the right number; otherwise :func:`loaded` has the reason.
+``BITFLOOR_KERNELS=reference`` turns it off.
+
+Rows are shared between as many threads as torch uses. They are Python threads (a call through ctypes holds no lock): a
+second OpenMP runtime beside torch's own would be one too many. None is left running, so forks are safe.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitfloor.core.errors import InputError
+
+SETTING = "BITFLOOR_KERNELS"
+REFERENCE = "reference"
+FOLDER = Path(__file__).resolve().parent
+ABI = 1  # of csrc/rounding.cpp: raised with every change of a signature or of a value
+WEIGHTS_PER_THREAD = 1 << 18  # a thread costs what tens of thousands of weights do
+
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+SIZES = (INTEGER,) * 5  # first row, one past the last, columns, group size, bits
+SIGNATURES = {
+    "bitfloor_fake_quantize": (*(POINTER,) * 5, *SIZES),
+    "bitfloor_codes": (*(POINTER,) * 5, *SIZES),
+    "bitfloor_sign_step": (*(POINTER,) * 5, ctypes.c_float, *(POINTER,) * 2, *SIZES),
+}
+
+
+class Library:
+    """The functions of :mod:`bitfloor.ops.rounding_reference`, in native code, for dense tensors on the CPU.
+
+    Args:
+        library: a library whose number was checked.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        for name, types in SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, None
+        self._library = library
+
+    def fake_quantize(
+        self, weight: Tensor, shift: Tensor | None, scale: Tensor, zero: Tensor, bits: int, group_size: int, out: Tensor
+    ) -> None:
+        """Write the fake-quantized weight to ``out`` ``[O, I]`` float32."""
+        pointers = _pointers(weight, shift, scale, zero, out)
+
+        def rows(first: int, last: int) -> None:
+            self._library.bitfloor_fake_quantize(*pointers, first, last, weight.shape[1], group_size, bits)
+
+        over_rows(rows, weight)
+
+    def codes(
+        self, weight: Tensor, shift: Tensor | None, scale: Tensor, zero: Tensor, bits: int, group_size: int, out: Tensor
+    ) -> None:
+        """Write the codes to ``out`` ``[O, I]`` uint8."""
+        pointers = _pointers(weight, shift, scale, zero, out)
+
+        def rows(first: int, last: int) -> None:
+            self._library.bitfloor_codes(*pointers, first, last, weight.shape[1], group_size, bits)
+
+        over_rows(rows, weight)
+
+    def sign_step(
+        self,
+        weight: Tensor,
+        shift: Tensor | None,
+        scale: Tensor,
+        zero: Tensor,
+        grad: Tensor,
+        rate: float,
+        bits: int,
+        group_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Move ``shift`` in place, if there is one; returns ``towards`` and ``clipped`` ``[O, G]`` float32."""
+        towards, clipped = torch.empty_like(scale), torch.empty_like(scale)
+        pointers, sums = _pointers(weight, shift, scale, zero, grad), _pointers(towards, clipped)
+
+        def rows(first: int, last: int) -> None:
+            sizes = (first, last, weight.shape[1], group_size, bits)
+            self._library.bitfloor_sign_step(*pointers, rate, *sums, *sizes)
+
+        over_rows(rows, weight)
+        return towards, clipped
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What came of loading the library.
+
+    Args:
+        library: None if it is not used.
+        reason: why it is not used, a clause; empty if it is.
+    """
+
+    library: Library | None
+    reason: str = ""
+
+
+def loaded() -> Loaded:
+    """The library that this process uses, or why it uses none.
+
+    Raises:
+        InputError: ``BITFLOOR_KERNELS`` has a value without a meaning.
+    """
+    setting = os.environ.get(SETTING, "")
+    if setting == REFERENCE:
+        return Loaded(None, f"{SETTING}={REFERENCE} is set")
+    if setting:
+        raise InputError(f"{SETTING}={setting} is not known; set it to {REFERENCE}, or not at all.")
+    return load(FOLDER)
+
+
+@cache
+def load(folder: Path) -> Loaded:
+    """Load the library from a folder, once."""
+    paths = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()]
+    if not paths:
+        return Loaded(None, "it was not built; install bitfloor where there is a C++ compiler")
+    again = f"install bitfloor again to replace {paths[0].name}"
+    try:
+        library = ctypes.CDLL(str(paths[0]))
+        library.bitfloor_rounding_abi.restype = INTEGER
+        found = library.bitfloor_rounding_abi()
+        if found != ABI:
+            return Loaded(None, f"it was built from another version (its number is {found}, not {ABI}); {again}")
+        return Loaded(Library(library))
+    except (OSError, AttributeError) as error:
+        return Loaded(None, f"it cannot be loaded ({str(error).replace(f'{folder}{os.sep}', '')}); {again}")
+
+
+def over_rows(function: Callable[[int, int], None], weight: Tensor) -> None:
+    """Call ``function(first, last)`` for all rows of a matrix, in ranges on as many threads as torch uses."""
+    rows = weight.shape[0]
+    threads = max(1, min(torch.get_num_threads(), rows, weight.numel() // WEIGHTS_PER_THREAD))
+    borders = [rows * i // threads for i in range(threads + 1)]
+    if threads == 1:
+        function(0, rows)
+        return
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(function, *ends) for ends in zip(borders[1:], borders[2:], strict=False)]
+        function(*borders[:2])
+        for other in others:
+            other.result()
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]

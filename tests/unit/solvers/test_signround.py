@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bitfloor.core.affine import decode, encode
 from bitfloor.core.spec import QuantSpec
+from bitfloor.ops.rounding_reference import CHUNK
 from bitfloor.solvers.ranges import minmax_grid
-from bitfloor.solvers.signround import CHUNK, SignRound
+from bitfloor.solvers.signround import SignRound
 
 SPECS = [
     QuantSpec(bits, size, symmetric, dtype)

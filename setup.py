@@ -11,13 +11,13 @@ NATIVE = Extension(
     extra_compile_args=[
         "-std=c++17",
         "-O3",
+        "-g0",
         "-fno-fast-math",
         "-ffp-contract=off",
         "-fno-math-errno",
         "-fno-trapping-math",
         "-fno-exceptions",
         "-fno-rtti",
-        "-fvisibility=hidden",
     ],
     optional=True,
 )

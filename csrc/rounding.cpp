@@ -1,9 +1,9 @@
 // Fake quantization for learned rounding: the forward, the codes, and the update with its sums, each in one pass.
 //
 // src/bitfloor/ops/rounding_reference.py defines every value computed here, bit for bit; ops/native.py calls it.
-// Matrices are dense, row by row: weight, shift, grad, out [rows, columns]; the others [rows, groups],
-// with groups of group_size columns, the last one may be short. shift may be null. Rows first to last - 1 are treated,
-// so that callers can share rows between threads; no value depends on how they do.
+// Matrices are dense, row by row: weight, shift, grad, out [rows, columns]; scale, zero, towards, clipped
+// [rows, groups], with groups of group_size columns, of which the last may be short. shift may be null. Rows first to
+// last - 1 are treated, so that callers can share rows between threads; no value depends on how they do.
 //
 // No value depends on the instruction set either: every operation is one IEEE operation (build with
 // -ffp-contract=off and without -ffast-math), and sums have a fixed order, that of 16 lanes.
@@ -17,7 +17,7 @@
 #else
 #define VERSIONS
 #endif
-#define PUBLIC extern "C" __attribute__((visibility("default")))
+#define PUBLIC extern "C"
 #define INLINE static inline __attribute__((always_inline))
 
 // To be raised with every change of a signature or of a value; ABI in ops/native.py must follow.

@@ -7,6 +7,8 @@ from pathlib import Path
 import attempts
 import determinism
 import memory
+import record
+import rounding
 import synthetic
 import torch
 import yardstick
@@ -53,6 +55,15 @@ def test_synthetic_checkpoint_repeats_and_counts_its_bytes(tmp_path: Path) -> No
 def test_synthetic_text_is_long_enough(tmp_path: Path) -> None:
     lines = synthetic.write_text(tmp_path, 3, 100).read_text().splitlines()
     assert len(lines) == 3 and all(len(line) >= 99 for line in lines)
+
+
+def test_the_two_of_a_comparison_take_turns() -> None:
+    called: list[str] = []
+    times = rounding.take_turns([lambda: called.append("a"), lambda: called.append("b")], 0.0)
+    assert called == ["a", "b"] * rounding.FEWEST and [len(each) for each in times] == [rounding.FEWEST] * 2
+    one = torch.zeros(2), torch.ones(2)
+    assert rounding.same(one, one) and not rounding.same(one, one[::-1]) and rounding.same(one[0], one[0])
+    assert (record.RESULTS / rounding.SOURCE).is_file()
 
 
 def test_what_a_kill_hit(tmp_path: Path) -> None:

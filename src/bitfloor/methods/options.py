@@ -96,4 +96,44 @@ class SignroundConfig:
                 raise InputError(f"{name} = {value} is not allowed; use a positive number.")
 
 
-OPTIONS: dict[str, type[Any]] = {"rtn": RtnConfig, "gptq": GptqConfig, "signround": SignroundConfig}
+@dataclass(frozen=True)
+class BitfloorConfig:
+    """Options of ``method: {name: bitfloor}``.
+
+    Args:
+        steps: sign steps a block after the start; 0 keeps the start: no back-propagation.
+        rate: first step of the rounding, in steps of the grid; falls linearly to zero.
+        scale_rate: first step of the scales' factors.
+        importance, static_groups, damping, correction: of the start, see :class:`GptqConfig`.
+        fixed_batches: batches that decide which step is best.
+    """
+
+    steps: int = 50
+    rate: float = 0.01
+    scale_rate: float = 0.005
+    importance: float = 1.0
+    static_groups: bool = True
+    damping: float = 0.01
+    correction: float = 0.5
+    fixed_batches: int = 4
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        SignroundConfig(steps=self.steps, rate=self.rate, fixed_batches=self.fixed_batches)
+        if not 0.0 <= self.scale_rate <= 1.0:
+            raise InputError(f"scale_rate = {self.scale_rate:g} is not a step between 0 and 1.")
+        self.start  # noqa: B018  refuses wrong options of the start
+
+    @property
+    def start(self) -> GptqConfig:
+        """The start's options."""
+        return GptqConfig("search", self.importance, self.static_groups, self.damping, True, self.correction)
+
+
+OPTIONS: dict[str, type[Any]] = {
+    "rtn": RtnConfig,
+    "gptq": GptqConfig,
+    "signround": SignroundConfig,
+    "bitfloor": BitfloorConfig,
+}

@@ -6,24 +6,21 @@ import time
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from bitfloor.core.affine import pack
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need
+from bitfloor.methods.learning import learn_block
 from bitfloor.methods.options import SignroundConfig
-from bitfloor.solvers.block_opt import Outcome, Schedule, optimise
+from bitfloor.solvers.block_opt import Schedule
 from bitfloor.solvers.signround import SignRound
 
 
 class Signround:
     """Learned rounding and clipping by signed gradient descent.
 
-    The quantized block sees what the quantized model feeds it; its output is compared with the float block's on what
-    the float model feeds that (section 3.3 of the paper; its code calls it "quantized input"). The last position of a
-    sequence predicts nothing and is not compared.
+    The quantized block sees what the quantized model feeds it and aims at the float model's output (section 3.3 of the
+    paper; its code calls it "quantized input").
 
     Deviations: a mini-batch is one of the run's batches, so which sequences meet in it stays the same from pass to
     pass, only their order changes; and the best step is chosen on fixed batches.
@@ -50,27 +47,8 @@ class Signround:
         if not specs:
             return result
         began = time.perf_counter()
-        outcome = self._learn(block, inputs, specs, exact)
-        seconds = (time.perf_counter() - began) / len(specs)
-        for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
-            result.weights[name] = pack(codes, grid)
-            # What went wrong concerns the whole block; it is said once.
-            result.reports[name] = MatrixReport(None, seconds, outcome.note if index == 0 else None)
-        trim_heap()
-        return result
-
-    def _learn(self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], exact: Batches) -> Outcome:
-        """Learn all matrices of the block at once; snapshots of the best step."""
         config = self.config
-        with torch.no_grad():
-            targets = [block.forward(x, batch) for batch, x in enumerate(exact)]
         learnt = {name: SignRound(block.weight(name), spec, tune_range=config.ranges) for name, spec in specs.items()}
-
-        def loss(batch: int, weights: Mapping[str, Tensor]) -> Tensor:
-            difference = block.forward(inputs[batch], batch, weights) - targets[batch]
-            return difference[:, :-1].square().mean()
-
-        every = range(len(inputs))
         schedule = Schedule(
             steps=config.steps,
             rate=config.rate,
@@ -79,10 +57,11 @@ class Signround:
             check_every=config.check_every,
             patience=config.patience,
         )
-        return optimise(learnt, loss, every, spread(every, config.fixed_batches), schedule)
-
-
-def spread(batches: range, count: int) -> list[int]:
-    """Some of the batches, evenly spaced; all of them when they are fewer."""
-    count = min(count, len(batches))
-    return [batches[i * len(batches) // count] for i in range(count)]
+        outcome = learn_block(block, inputs, exact, learnt, schedule, config.fixed_batches)
+        seconds = (time.perf_counter() - began) / len(specs)
+        for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
+            result.weights[name] = pack(codes, grid)
+            # What went wrong concerns the whole block; it is said once.
+            result.reports[name] = MatrixReport(None, seconds, outcome.note if index == 0 else None)
+        trim_heap()
+        return result

@@ -14,9 +14,10 @@ from bitfloor.core.errors import InputError
 from bitfloor.core.packed import dequantize
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, BlockResult, Need
+from bitfloor.methods.learning import spread
 from bitfloor.methods.options import RtnConfig, SignroundConfig
 from bitfloor.methods.rtn import Rtn
-from bitfloor.methods.signround import Signround, spread
+from bitfloor.methods.signround import Signround
 
 NAMES = ("a", "b", "c")
 

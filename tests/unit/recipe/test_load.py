@@ -23,7 +23,7 @@ def refusal(*arguments: Any, **options: Any) -> str:
     return str(caught.value)
 
 
-KINDS = ("rtn", "rtn-minmax", "gptq", "signround", "signround-light", "signround-best")
+KINDS = ("rtn", "rtn-minmax", "gptq", "signround", "signround-light", "signround-best", "bitfloor")
 
 
 def test_the_promised_presets_exist() -> None:
@@ -42,6 +42,8 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
     if method == "signround":
         assert recipe.method.options["steps"] == {"light": 50, "": 200, "best": 1000}[variant]
         assert recipe.spec.symmetric
+    elif method == "bitfloor":
+        assert recipe.method.options["steps"] > 0 and not recipe.spec.symmetric
     else:
         assert recipe.method.options["range"] == (variant or "search")
     assert recipe.name == name and recipe.embedding.bits == 8

@@ -1,0 +1,82 @@
+"""bitfloor's own way: error-compensated codes on searched grids, then a few sign steps on the whole block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from bitfloor.core.affine import Grid, pack
+from bitfloor.core.heap import trim_heap
+from bitfloor.core.packed import PackedWeight, segment_codes
+from bitfloor.core.spec import QuantSpec
+from bitfloor.methods.base import Batches, Block, BlockResult, Need
+from bitfloor.methods.gptq import Gptq
+from bitfloor.methods.learning import learn_block
+from bitfloor.methods.options import BitfloorConfig
+from bitfloor.solvers.block_opt import Schedule
+from bitfloor.solvers.refine import Refinement
+
+
+class Bitfloor:
+    """GPTQ with correction as a start, refined by signed gradient descent.
+
+    Where SignRound takes 200 steps from round-to-nearest, the start has done most of their work in closed form, layer
+    by layer; what is left to gradients is what layers do to each other.
+    """
+
+    name: ClassVar[str] = "bitfloor"
+    paper: ClassVar[str] = "GPTQ, arXiv 2210.17323; QEP, arXiv 2504.09629; SignRound, arXiv 2309.05516"
+    summary: ClassVar[str] = "GPTQ with correction as a start, then a few sign steps a block; minutes per model"
+    Config: ClassVar[type[BitfloorConfig]] = BitfloorConfig
+    min_bits: ClassVar[int] = 2
+
+    def __init__(self, config: BitfloorConfig) -> None:
+        self.config = config
+        self._start = Gptq(config.start)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        needs = self._start.needs
+        return needs | {Need.EXACT, Need.GRADIENTS} if self.config.steps else needs
+
+    def quantize_block(
+        self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], exact: Batches = ()
+    ) -> BlockResult:
+        """See :class:`bitfloor.methods.base.Method`."""
+        result = self._start.quantize_block(block, inputs, specs, exact)
+        if not self.config.steps or not specs:
+            return result
+        began = time.perf_counter()
+        learnt = {
+            name: Refinement(block.weight(name), *codes_and_grid(result.weights[name], spec))
+            for name, spec in specs.items()
+        }
+        schedule = Schedule(self.config.steps, self.config.rate, self.config.scale_rate)
+        outcome = learn_block(block, inputs, exact, learnt, schedule, self.config.fixed_batches)
+        seconds = (time.perf_counter() - began) / len(specs)
+        for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
+            result.weights[name] = pack(codes, grid)
+            before = result.reports[name]
+            notes = [note for note in (before.note, outcome.note if index == 0 else None) if note]
+            # The codes have moved: what the start said of this matrix's own output no longer holds.
+            result.reports[name] = replace(
+                before, output_error=None, seconds=before.seconds + seconds, note="; ".join(notes) or None
+            )
+        trim_heap()
+        return result
+
+
+def codes_and_grid(weight: PackedWeight, spec: QuantSpec) -> tuple[torch.Tensor, Grid]:
+    """Codes ``[O, I]`` uint8 and grid of a matrix stored in one segment with zero-points, as it was packed."""
+    (segment,) = weight.segments
+    scale = segment.scale.float()
+    stored = segment.zero
+    zero = stored.float() if isinstance(stored, torch.Tensor) else torch.full_like(scale, 1 << (segment.bits - 1))
+    widths = torch.full((scale.shape[1],), segment.bits, dtype=torch.int64, device=scale.device)
+    dtype = getattr(torch, spec.scale_dtype)
+    grid = Grid(scale, zero, None, widths, segment.group_size, constant_zero=spec.symmetric, scale_dtype=dtype)
+    return segment_codes(segment, weight.shape[0]), grid

@@ -1,0 +1,116 @@
+"""Rounding learned from a start: the start itself, the gradients, and what the latent weight remembers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitfloor.core.affine import Grid, decode, encode
+from bitfloor.core.spec import QuantSpec
+from bitfloor.solvers.ranges import minmax_grid, search_grid
+from bitfloor.solvers.refine import MARGIN, Refinement, latent
+
+SPECS = [QuantSpec(2, 16), QuantSpec(3, 7, True), QuantSpec(4, -1, False, "bfloat16"), QuantSpec(8, 16, True)]
+
+
+def weights(rows: int = 12, columns: int = 40, seed: int = 0) -> Tensor:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    weight[0, :16] = 0.0
+    return weight
+
+
+def start(spec: QuantSpec, seed: int = 1) -> tuple[Tensor, Tensor, Grid]:
+    """A weight, a grid, and codes of which a third are a step or two away from the nearest."""
+    weight = weights()
+    grid = search_grid(weight, torch.ones(weight.shape[1]), spec)
+    generator = torch.Generator().manual_seed(seed)
+    moved = torch.randint(-3, 4, weight.shape, generator=generator).clamp(-2, 2) // 2
+    codes = (encode(weight, grid).float() + moved).clamp(0, 2**spec.bits - 1)
+    return weight, codes.to(torch.uint8), grid
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_it_starts_where_it_was_told_bit_for_bit(spec: QuantSpec) -> None:
+    weight, codes, grid = start(spec)
+    refined = Refinement(weight, codes, grid)
+    found, own = refined.snapshot()
+    assert torch.equal(found, codes)
+    assert torch.equal(own.scale, grid.scale) and torch.equal(own.shift, grid.shift)
+    assert own.constant_zero is grid.constant_zero and own.scale_dtype is grid.scale_dtype
+    assert torch.equal(refined.fake_quantized(), decode(codes, grid))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_what_is_trained_is_what_is_stored(spec: QuantSpec) -> None:
+    refined = Refinement(*start(spec))
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        refined.step(torch.randn(refined.weight.shape, generator=generator), 0.2, 0.05)
+    codes, grid = refined.snapshot()
+    assert torch.equal(refined.fake_quantized(), decode(codes, grid))
+    assert torch.equal(grid.scale, grid.scale.to(grid.scale_dtype).float())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_the_latent_weight_is_the_weight_wherever_the_code_is_nearest(spec: QuantSpec) -> None:
+    weight, codes, grid = start(spec)
+    scale, shift, _ = grid.columns(weight.shape[1])
+    at, exact = (latent(weight, codes, grid) - shift) / scale, (weight - shift) / scale
+    distance = exact - codes.float()
+    inner = distance.abs() < MARGIN - 1e-3
+    torch.testing.assert_close(at[inner], exact[inner], rtol=0, atol=1e-4)  # a few float32 roundings of codes up to 255
+    beyond = distance.abs() > MARGIN + 1e-3
+    torch.testing.assert_close((at - codes)[beyond], MARGIN * torch.sign(distance)[beyond], rtol=0, atol=1e-4)
+    assert bool(beyond.any()) and bool(inner.any())
+
+
+def test_signs_of_the_factors_equal_those_of_automatic_differentiation() -> None:
+    """With the rounding's gradient set to one and the clamp's to zero outside."""
+    for spec in SPECS:
+        refined = Refinement(*start(spec))
+        grad = torch.randn(refined.weight.shape, generator=torch.Generator().manual_seed(4))
+        factor = torch.ones_like(refined.factor, requires_grad=True)
+        grid = refined.start
+        assert grid.zero is not None
+        size, columns = grid.group_size, refined.weight.shape[1]
+        scale = (grid.scale * factor).repeat_interleave(size, 1)[:, :columns]
+        zero = grid.zero.repeat_interleave(size, 1)[:, :columns]
+        exact = refined.weight / scale + zero
+        rounded = exact + (torch.round(exact) - exact).detach()
+        ((rounded.clamp(0, 2**spec.bits - 1) - zero) * scale * grad).sum().backward()
+        assert factor.grad is not None
+        refined.step(grad, 0.0, 0.25)
+        sure = factor.grad.abs() > 1e-4 * factor.grad.abs().max()  # sums near zero depend on the order of additions
+        assert torch.equal((1.0 - refined.factor)[sure], 0.25 * torch.sign(factor.grad)[sure])
+
+
+def test_a_code_that_was_moved_goes_back_first() -> None:
+    weight = torch.full((1, 4), 0.3)
+    grid = Grid(torch.ones(1, 1), torch.ones(1, 1), None, torch.tensor([2]), 4)
+    codes = torch.tensor([[1, 2, 1, 1]], dtype=torch.uint8)  # nearest to 0.3 + 1 is 1
+    refined = Refinement(weight, codes, grid, tune_scale=False)
+    refined.step(torch.ones(1, 4), 0.02, 0.0)  # a smaller weight is wanted
+    assert refined.snapshot()[0].tolist() == [[1, 1, 1, 1]]
+    refined = Refinement(weight, codes, grid, tune_scale=False)
+    refined.step(-torch.ones(1, 4), 0.1, 0.0)
+    assert refined.snapshot()[0].tolist() == [[1, 2, 1, 1]]
+    refined.step(-torch.ones(1, 4), 0.2, 0.0)
+    assert refined.snapshot()[0].tolist() == [[2, 2, 2, 2]]
+
+
+def test_without_scales_only_the_rounding_moves() -> None:
+    refined = Refinement(*start(SPECS[0]), tune_scale=False)
+    refined.step(torch.ones_like(refined.weight), 0.3, 0.3)
+    assert bool((refined.factor == 1).all()) and bool((refined.shift != 0).any())
+
+
+def test_offsets_and_mixed_widths_are_refused() -> None:
+    weight = weights()
+    grid = minmax_grid(weight, QuantSpec(2, 16))
+    codes = encode(weight, grid)
+    offset = Grid(grid.scale, None, grid.shift, grid.bits, 16)
+    mixed = Grid(grid.scale, grid.zero, None, torch.tensor([2, 3, 2]), 16)
+    for wrong in (offset, mixed):
+        with pytest.raises(ValueError, match="needs a grid with zero-points and of one width"):
+            Refinement(weight, codes, wrong)

@@ -21,8 +21,9 @@ def learn_block(
 ) -> Outcome:
     """Learn all matrices of a block at once; snapshots of the best step.
 
-    The quantized block sees what the quantized model feeds it, ``inputs``; its output is compared with the float block's
-    on what the float model feeds that, ``exact``. The last position of a sequence predicts nothing and is not compared.
+    The quantized block sees what the quantized model feeds it, ``inputs``; its output is compared with the float
+    block's on what the float model feeds that, ``exact``. The last position of a sequence predicts nothing and is not
+    compared.
 
     Args:
         block: the float block.

@@ -129,7 +129,7 @@ def test_a_mapping_is_not_changed_by_its_overrides() -> None:
         ("spec.bitz=3", "did you mean spec.bits?"),
         ("spec.bits=", "spec.bits = null"),
         ("layers.0.bits=3", "layers = "),
-        ("method.name=gptqq", "did you mean gptq? known methods: gptq, rtn"),
+        ("method.name=gptqq", "did you mean gptq? known methods: bitfloor, gptq, rtn, signround"),
         ("method.dampin=1", "did you mean method.damping?"),
         ("method.damping=much", 'method.damping = "much" is not allowed; use a number'),
         ("method.act_order=1", "method.act_order = 1 is not allowed; use true or false"),

@@ -56,7 +56,7 @@ class Bitfloor:
             for name, spec in specs.items()
         }
         schedule = Schedule(self.config.steps, self.config.rate, self.config.scale_rate)
-        outcome = learn_block(block, inputs, exact, learnt, schedule, self.config.fixed_batches)
+        outcome = learn_block(block, inputs, exact, learnt, schedule, self.config.precision)
         seconds = (time.perf_counter() - began) / len(specs)
         for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
             result.weights[name] = pack(codes, grid)

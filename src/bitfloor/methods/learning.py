@@ -10,6 +10,8 @@ from torch import Tensor
 from bitfloor.methods.base import Batches, Block
 from bitfloor.solvers.block_opt import Learnable, Outcome, Schedule, optimise
 
+FIXED_BATCHES = 4  # spread over the text; they decide which step is best
+
 
 def learn_block(
     block: Block,
@@ -17,7 +19,7 @@ def learn_block(
     exact: Batches,
     learnables: Mapping[str, Learnable],
     schedule: Schedule,
-    fixed_batches: int,
+    precision: str = "float32",
 ) -> Outcome:
     """Learn all matrices of a block at once; snapshots of the best step.
 
@@ -30,17 +32,41 @@ def learn_block(
         inputs, exact: its inputs in both models, batch by batch the same tokens.
         learnables: by matrix name; the other matrices stay float.
         schedule: how to learn.
-        fixed_batches: how many batches, spread over the text, decide which step is best.
+        precision: of the block's products while it learns, see :func:`product_type`; norms, attention weights, the
+            residual stream, the loss and the targets stay float32.
     """
     with torch.no_grad():
         targets = [block.forward(x, batch) for batch, x in enumerate(exact)]
 
+    device = targets[0].device.type if targets else "cpu"
+    dtype = product_type(precision, device)
+
     def loss(batch: int, weights: Mapping[str, Tensor]) -> Tensor:
-        difference = block.forward(inputs[batch], batch, weights) - targets[batch]
-        return difference[:, :-1].square().mean()
+        with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
+            output = block.forward(inputs[batch], batch, weights)
+        return (output.float() - targets[batch])[:, :-1].square().mean()
 
     every = range(len(inputs))
-    return optimise(learnables, loss, every, spread(every, fixed_batches), schedule)
+    return optimise(learnables, loss, every, spread(every, FIXED_BATCHES), schedule)
+
+
+def product_type(precision: str, device: str) -> torch.dtype:
+    """The type in which matrices are multiplied.
+
+    Args:
+        precision: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 where the device has instructions for it
+            (a processor without is several times slower with it), else float32.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Older versions of torch do not say what the processor has.
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
 
 
 def spread(batches: range, count: int) -> list[int]:

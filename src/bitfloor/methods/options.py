@@ -57,6 +57,9 @@ class GptqConfig:
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"range": ("search", "minmax")}
 
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
 @dataclass(frozen=True)
 class SignroundConfig:
     """Options of ``method: {name: signround}``.
@@ -68,7 +71,7 @@ class SignroundConfig:
         ranges: learn the ranges too, not only the rounding.
         accumulate: batches (of ``calibration.batch_size`` sequences) an update sums.
         check_every: updates between two looks at the fixed batches that decide which step is best.
-        fixed_batches: how many those are.
+        precision: of the block's products, ``"float32"``, ``"bfloat16"``, or ``"auto"``: what the device is made for.
         patience: looks without a new best after which a block ends early; null = never.
     """
 
@@ -78,10 +81,10 @@ class SignroundConfig:
     ranges: bool = True
     accumulate: int = 1
     check_every: int = 25
-    fixed_batches: int = 4
+    precision: str = "auto"
     patience: int | None = None
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"precision": PRECISIONS}
 
     def __post_init__(self) -> None:
         if not 0 <= self.steps <= 1_000_000:
@@ -90,7 +93,7 @@ class SignroundConfig:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise InputError(f"{name} = {value:g} is not a step between 0 and 1; leave it out for 1 / steps.")
-        for name in ("accumulate", "check_every", "fixed_batches", "patience"):
+        for name in ("accumulate", "check_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} = {value} is not allowed; use a positive number.")
@@ -105,7 +108,7 @@ class BitfloorConfig:
         rate: first step of the rounding, in steps of the grid; falls linearly to zero.
         scale_rate: first step of the scales' factors.
         importance, static_groups, damping, correction: of the start, see :class:`GptqConfig`.
-        fixed_batches: batches that decide which step is best.
+        precision: see :class:`SignroundConfig`.
     """
 
     steps: int = 50
@@ -115,12 +118,12 @@ class BitfloorConfig:
     static_groups: bool = True
     damping: float = 0.01
     correction: float = 0.5
-    fixed_batches: int = 4
+    precision: str = "auto"
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"precision": PRECISIONS}
 
     def __post_init__(self) -> None:
-        SignroundConfig(steps=self.steps, rate=self.rate, fixed_batches=self.fixed_batches)
+        SignroundConfig(steps=self.steps, rate=self.rate)
         if not 0.0 <= self.scale_rate <= 1.0:
             raise InputError(f"scale_rate = {self.scale_rate:g} is not a step between 0 and 1.")
         self.start  # noqa: B018  refuses wrong options of the start

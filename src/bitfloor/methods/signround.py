@@ -57,7 +57,7 @@ class Signround:
             check_every=config.check_every,
             patience=config.patience,
         )
-        outcome = learn_block(block, inputs, exact, learnt, schedule, config.fixed_batches)
+        outcome = learn_block(block, inputs, exact, learnt, schedule, config.precision)
         seconds = (time.perf_counter() - began) / len(specs)
         for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
             result.weights[name] = pack(codes, grid)

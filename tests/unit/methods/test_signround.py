@@ -14,7 +14,6 @@ from bitfloor.core.errors import InputError
 from bitfloor.core.packed import dequantize
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, BlockResult, Need
-from bitfloor.methods.learning import spread
 from bitfloor.methods.options import RtnConfig, SignroundConfig
 from bitfloor.methods.rtn import Rtn
 from bitfloor.methods.signround import Signround
@@ -129,15 +128,8 @@ def test_few_steps_and_few_batches_are_enough(steps: int, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "count", "expected"), [(8, 4, [0, 2, 4, 6]), (3, 4, [0, 1, 2]), (7, 3, [0, 2, 4]), (1, 1, [0])]
-)
-def test_the_fixed_batches_are_spread_over_all(length: int, count: int, expected: list[int]) -> None:
-    assert spread(range(length), count) == expected
-
-
-@pytest.mark.parametrize(
     "options",
-    [{"steps": -1}, {"rate": 1.5}, {"range_rate": -0.1}, {"accumulate": 0}, {"check_every": 0}, {"fixed_batches": 0}]
+    [{"steps": -1}, {"rate": 1.5}, {"range_rate": -0.1}, {"accumulate": 0}, {"check_every": 0}]
     + [{"patience": 0}, {"rate": float("nan")}],
 )
 def test_options_outside_their_range_are_refused_by_name(options: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Compare what was measured: GPTQ here against GPTQModel, searched against min-max ranges, on the same tokens.
+"""Compare what was measured: methods here against other software, searched against min-max ranges, on the same tokens.
 
     python bench/compare.py
 
@@ -10,6 +10,7 @@ interval lies below +0.01 nats a token. Results of different tokens are refused.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,23 @@ from typing import Any
 import record
 
 GROUP = 64
-SETTINGS = ("sym", "desc_act", "act_group_aware", "static_groups", "mse", "damp_percent", "gptaq_alpha")
+# Which software a result here is measured against: what makes the same kind of thing, under the same settings.
+CONTESTS = (
+    ("gptqmodel", "gptq-w{bits}g{group}"),
+    ("auto-round", "signround-w{bits}g{group}+calibration.batch_size-4"),
+    ("auto-round", "bitfloor-w{bits}g{group}"),
+)
+SETTINGS = (
+    "sym",
+    "desc_act",
+    "act_group_aware",
+    "static_groups",
+    "mse",
+    "damp_percent",
+    "gptaq_alpha",
+    "iters",
+    "enable_alg_ext",
+)
 
 
 def load_ours(folder: Path) -> dict[str, dict[str, Any]]:
@@ -64,16 +81,17 @@ def difference(candidate: Any, baseline: Any) -> dict[str, Any]:
 
 
 def against_peers(ours: Mapping[str, Any], peers: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """GPTQ at each width against every setting of the peer at that width, on every text both were scored on.
+    """Each contest at each width against every setting of the peer at that width, on every text both were scored on.
 
     ``strongest`` marks the setting with the lowest perplexity on that text.
     """
     rows: list[dict[str, Any]] = []
-    for bits in (4, 3, 2):
-        name = f"gptq-w{bits}g{GROUP}"
+    for (tool, pattern), bits in itertools.product(CONTESTS, (4, 3, 2)):
+        name = pattern.format(bits=bits, group=GROUP)
         if name not in ours:
             continue
-        rivals = {key: p for key, p in peers.items() if p.get("bits") == bits and p.get("group_size") == GROUP}
+        kind = (tool, bits, GROUP)
+        rivals = {k: p for k, p in peers.items() if (p["tool"], p.get("bits"), p.get("group_size")) == kind}
         for text, own in our_scores(ours[name]).items():
             found = [
                 _row(ours[name], own, key, peer, other)
@@ -94,6 +112,7 @@ def _row(content: Mapping[str, Any], own: Any, key: str, peer: Mapping[str, Any]
         "peer": key,
         "peer_tool": f"{peer['tool']} {peer['versions'].get(peer['tool'], '')}".strip(),
         "peer_settings": {name: peer["settings"].get(name) for name in SETTINGS},
+        "peer_bits": peer.get("bits_per_linear_weight"),
         "peer_ppl": other.value,
         "same_calibration_tokens": calibration.get("ids_sha256") == peer["calibration"]["ids_sha256"],
         **difference(own, other),
@@ -101,12 +120,13 @@ def _row(content: Mapping[str, Any], own: Any, key: str, peer: Mapping[str, Any]
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """By width and text: against how many settings, and against the strongest, GPTQ here is shown to be not worse."""
-    grouped: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    """By result and text: against how many settings, and against the strongest, it is shown to be not worse."""
+    grouped: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        grouped.setdefault((row["bits"], row["text"]), []).append(row)
+        grouped.setdefault((row["ours"], row["bits"], row["text"]), []).append(row)
     return [
         {
+            "ours": ours,
             "bits": bits,
             "text": text,
             "settings": len(group),
@@ -114,7 +134,7 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "strongest": next(row["peer"] for row in group if row["strongest"]),
             "not_worse_than_strongest": all(row["not_worse"] for row in group if row["strongest"]),
         }
-        for (bits, text), group in grouped.items()
+        for (ours, bits, text), group in grouped.items()
     ]
 
 
@@ -180,7 +200,7 @@ def main() -> None:
         out(f"float {row['text']}: {row['our_ppl']:.4f} here, {row['peer_ppl']:.4f} there\n")
     for row in found["summary"]:
         verdict = "not worse" if row["not_worse_than_strongest"] else "NOT SHOWN to be not worse"
-        out(f"W{row['bits']} {row['text']}: {verdict} than {row['strongest']} (the strongest of {row['settings']}); ")
+        out(f"{row['ours']} {row['text']}: {verdict} than {row['strongest']} (the strongest of {row['settings']}); ")
         out(f"not worse than {row['not_worse_than']} of {row['settings']}\n")
     for row in found["range_search"]:
         out(f"W{row['bits']} {row['text']}: searched ranges are {row['percent_below']:.1f}% below min-max\n")

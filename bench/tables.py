@@ -94,12 +94,12 @@ def _yardstick(results: Results, wanted: Callable[[int], bool]) -> str:
 
 
 def peers(results: Results) -> str:
-    """GPTQ here against every setting of the peer."""
+    """Results here against every setting of the peer."""
     rows = []
     for row in _comparison(results)["peers"]:
         rows.append(
             [
-                f"W{row['bits']} {NAMES[row['text']]}",
+                f"{row['ours']}, {NAMES[row['text']]}",
                 perplexity_cell(row["our_ppl"]),
                 row["peer_tool"] + (" (strongest)" if row["strongest"] else ""),
                 settings_cell(row["peer_settings"]),
@@ -113,10 +113,11 @@ def peers(results: Results) -> str:
 
 
 def settings_cell(settings: Mapping[str, Any]) -> str:
-    """The settings of GPTQModel that were not left off, in a few words."""
+    """The settings of a peer that were not left off, in a few words."""
     words = ["sym" if settings.get("sym") else "asym"]
     words += [name for name in ("desc_act", "act_group_aware", "static_groups") if settings.get(name)]
-    for name in ("mse", "gptaq_alpha", "damp_percent"):
+    words += ["alg_ext"] if settings.get("enable_alg_ext") else []
+    for name in ("mse", "gptaq_alpha", "damp_percent", "iters"):
         if settings.get(name):
             words.append(f"{name}={settings[name]:g}")
     return ", ".join(words)

@@ -47,10 +47,10 @@ def ours(name: str, mean: float, bits: float = 16.0, embedding: int = 16, scale:
     return {**content, "embedding_bits": embedding, "quantization": {"cpu_seconds": 12.3}}
 
 
-def peer(bits: int, mean: float, scale: float = 1.0, **settings: Any) -> dict[str, Any]:
+def peer(bits: int, mean: float, scale: float = 1.0, tool: str = "gptqmodel", **settings: Any) -> dict[str, Any]:
     return {
-        "tool": "gptqmodel",
-        "versions": {"gptqmodel": "7.7.0"},
+        "tool": tool,
+        "versions": {tool: "7.7.0"},
         "bits": bits,
         "group_size": 64,
         "settings": settings,
@@ -107,6 +107,22 @@ def test_comparison_pairs_windows_and_judges(results: Path) -> None:
     assert [row["delta_nll"] for row in found["float"]] == [0.0, 0.0]
 
 
+def test_a_result_is_compared_with_the_software_that_makes_the_same_kind_of_thing(results: Path) -> None:
+    name = "signround-w2g64+calibration.batch_size-4"
+    record.write_result(results / "yardstick" / f"{name}.json", ours(name, 3.4, 2.25))
+    record.write_result(results / "yardstick" / "bitfloor-w2g64.json", ours("bitfloor-w2g64", 3.3, 2.28))
+    rival = {**peer(2, 3.45, tool="auto-round", iters=200, enable_alg_ext=True), "bits_per_linear_weight": 2.25}
+    record.write_result(results / "peers" / "other.json", rival)
+    rows = compare.compare(results)["peers"]
+    pairs = {(row["ours"], row["peer"]) for row in rows if row["bits"] == 2}
+    assert pairs == {(name, "other"), ("bitfloor-w2g64", "other"), ("gptq-w2g64", "w2-wild")}
+    assert tables.settings_cell(rows[-1]["peer_settings"]) == "asym, alg_ext, iters=200"
+    record.write_result(results / "comparison.json", compare.compare(results))
+    drawn = {line.name: line.points for line in figure.series(tables.load_results(results), "c4")[0]}
+    assert drawn[f"auto-round{figure.PEER}"] == ((2.25, pytest.approx(math.exp(3.45))),)
+    assert drawn["signround"] == ((2.25, pytest.approx(math.exp(3.4))),)
+
+
 def test_search_gain_is_a_percentage_of_the_plain_perplexity(results: Path) -> None:
     gain = record.read_result(results / "comparison.json")["range_search"]
     assert [row["percent_below"] for row in gain] == pytest.approx([100 * (1 - math.exp(-0.5))] * 2)
@@ -153,7 +169,7 @@ def test_main_table(results: Path) -> None:
 def test_peer_table(results: Path) -> None:
     lines = tables.peers(tables.load_results(results)).splitlines()
     assert (
-        "| W3 WikiText-2 | 22.20 | gptqmodel 7.7.0 (strongest) | asym, desc_act, mse=2.4 | 22.09 "
+        "| gptq-w3g64, WikiText-2 | 22.20 | gptqmodel 7.7.0 (strongest) | asym, desc_act, mse=2.4 | 22.09 "
         "| +0.005 [+0.005, +0.005] | yes |"
     ) in lines
     assert sum(line.endswith("| not shown |") for line in lines) == 2
@@ -257,7 +273,7 @@ def test_figure_is_well_formed_and_holds_every_point(results: Path) -> None:
     svg = "{http://www.w3.org/2000/svg}"
     titles = [node.text or "" for node in root.iter(f"{svg}title")]
     assert titles.count("gptq: 2.28 bits, perplexity 33.12") == 2
-    assert titles.count(f"{figure.PEER}: 3.30 bits, perplexity 22.09") == 2
+    assert titles.count(f"gptqmodel{figure.PEER}: 3.30 bits, perplexity 22.09") == 2
     assert not any("embedding" in title for title in titles)
     inside = [
         (float(c.attrib["cx"]), float(c.attrib["cy"])) for g in root.iter(f"{svg}g") for c in g.iter(f"{svg}circle")

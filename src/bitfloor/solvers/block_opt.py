@@ -6,8 +6,9 @@ however many batches the step accumulates, and no graph reaches behind it, so a 
 differentiation.
 
 Which iterate is best is decided on batches that stay the same for the whole run: a mini-batch's own loss (what the code
-of SignRound, arXiv 2309.05516, compares) says as much about the batch as about the iterate. A loss that is not finite,
-or ten times that of the start, ends the run; the best iterate so far is kept and the reason reported.
+of SignRound, arXiv 2309.05516, compares) says as much about the batch as about the iterate: a single token can be a
+thousand times louder than the others. A loss that is not finite, or on the fixed batches ten times that of the start,
+ends the run; the best iterate so far is kept and the reason reported.
 """
 
 from __future__ import annotations
@@ -113,13 +114,14 @@ def optimise(
         last = _update(
             learnables, loss, [next(draw) for _ in range(schedule.accumulate)], left * rate, left * range_rate
         )
-        if not last <= DIVERGED * before * schedule.accumulate:
-            note = f"learning diverged at step {t} of {schedule.steps}; step {found} was kept"
-            break
-        made = t + 1
-        if made % schedule.check_every and made != schedule.steps:
+        sound = math.isfinite(last)  # otherwise nothing has moved
+        made = t + 1 if sound else t
+        if sound and made % schedule.check_every and made != schedule.steps:
             continue
-        now = _mean_loss(learnables, loss, fixed)
+        now = _mean_loss(learnables, loss, fixed) if sound else last
+        if not now <= DIVERGED * before:
+            note = f"learning diverged at step {made} of {schedule.steps}; step {found} was kept"
+            break
         if now < after:
             best, after, found, looks = {n: learnt.snapshot() for n, learnt in learnables.items()}, now, made, 0
         else:

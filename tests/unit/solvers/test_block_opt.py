@@ -134,6 +134,22 @@ def test_what_goes_wrong_ends_the_run_and_keeps_the_best() -> None:
     assert play([float("inf"), 1.0]) == (0, 0, "the loss is not finite at the start; the start was kept")
 
 
+def test_a_loud_batch_is_no_divergence() -> None:
+    """One batch a hundred times louder than those that decide; its own loss says nothing about the iterate."""
+    loud = {0: 1.0, 1: 100.0}
+    outcome = optimise(
+        {"w": Fake([3.0, 2.0, 1.0])}, lambda batch, w: loud[batch] * w["w"].sum(), [1], [0], Schedule(2, check_every=1)
+    )
+    assert (outcome.step, outcome.note) == (2, None)
+
+
+def test_a_batch_that_is_not_finite_ends_the_run_before_anything_moves() -> None:
+    broken = {0: 1.0, 1: float("nan")}
+    outcome = optimise({"w": Fake([3.0, 2.0])}, lambda batch, w: broken[batch] * w["w"].sum(), [1], [0], Schedule(1))
+    assert (outcome.step, outcome.steps, outcome.best["w"]) == (0, 0, 0)
+    assert outcome.note == "learning diverged at step 0 of 1; step 0 was kept"
+
+
 def test_patience_ends_the_run() -> None:
     assert play([3.0, 2.0, 2.5, 2.4, 1.0], patience=2) == (1, 3, None)
     assert play([3.0, 2.0, 2.5, 2.4, 1.0]) == (4, 4, None)

@@ -20,6 +20,8 @@ from bitfloor.methods.options import BitfloorConfig
 from bitfloor.solvers.block_opt import Schedule
 from bitfloor.solvers.refine import Refinement
 
+SCALE_SHARE = 0.5  # step of the scales' factors, of the rounding's step
+
 
 class Bitfloor:
     """GPTQ with correction as a start, refined by signed gradient descent.
@@ -55,8 +57,9 @@ class Bitfloor:
             name: Refinement(block.weight(name), *codes_and_grid(result.weights[name], spec))
             for name, spec in specs.items()
         }
-        schedule = Schedule(self.config.steps, self.config.rate, self.config.scale_rate)
-        outcome = learn_block(block, inputs, exact, learnt, schedule, self.config.precision)
+        config = self.config
+        schedule = Schedule(config.steps, config.rate, SCALE_SHARE * config.rate)
+        outcome = learn_block(block, inputs, exact, learnt, schedule, config.precision, config.suppress)
         seconds = (time.perf_counter() - began) / len(specs)
         for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
             result.weights[name] = pack(codes, grid)

@@ -105,15 +105,16 @@ class BitfloorConfig:
 
     Args:
         steps: sign steps a block after the start; 0 keeps the start: no back-propagation.
-        rate: first step of the rounding, in steps of the grid; falls linearly to zero.
-        scale_rate: first step of the scales' factors.
+        rate: first step of the rounding, in steps of the grid; falls linearly to zero. The scales' factors take steps
+            of half that size.
+        suppress: share of the largest squared errors of a batch that its loss leaves out.
         importance, static_groups, damping, correction: of the start, see :class:`GptqConfig`.
         precision: see :class:`SignroundConfig`.
     """
 
-    steps: int = 50
-    rate: float = 0.01
-    scale_rate: float = 0.005
+    steps: int = 100
+    rate: float = 0.005
+    suppress: float = 0.001
     importance: float = 1.0
     static_groups: bool = True
     damping: float = 0.01
@@ -124,8 +125,8 @@ class BitfloorConfig:
 
     def __post_init__(self) -> None:
         SignroundConfig(steps=self.steps, rate=self.rate)
-        if not 0.0 <= self.scale_rate <= 1.0:
-            raise InputError(f"scale_rate = {self.scale_rate:g} is not a step between 0 and 1.")
+        if not 0.0 <= self.suppress < 1.0:
+            raise InputError(f"suppress = {self.suppress:g} is not a share; use 0 (none) or more, and less than 1.")
         self.start  # noqa: B018  refuses wrong options of the start
 
     @property

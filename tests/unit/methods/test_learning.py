@@ -10,7 +10,7 @@ from torch import Tensor
 from unit.methods.toy_block import ToyBlock, batches
 
 from bitfloor.core.spec import QuantSpec
-from bitfloor.methods.learning import learn_block, product_type, spread
+from bitfloor.methods.learning import learn_block, mean_square, product_type, spread
 from bitfloor.solvers.block_opt import Schedule
 from bitfloor.solvers.signround import SignRound
 
@@ -60,3 +60,18 @@ def test_products_are_made_in_that_type_and_learning_works_in_both(precision: st
     assert set(block.types) == {getattr(torch, precision)}
     assert outcome.note is None and outcome.after < 0.8 * outcome.before
     assert all(one.shift.dtype == torch.float32 for one in learnt.values())
+
+
+def test_the_largest_errors_are_left_out_of_value_and_gradient() -> None:
+    difference = torch.tensor([[1.0, -2.0, 30.0], [0.5, -40.0, 3.0]], requires_grad=True)
+    value = mean_square(difference, 0.34)
+    value.backward()
+    assert float(value.detach()) == pytest.approx((1 + 4 + 0.25 + 9) / 6)
+    assert difference.grad is not None
+    torch.testing.assert_close(difference.grad * 3, torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.0, 3.0]]))
+
+
+@pytest.mark.parametrize("suppress", [0.0, 0.1])
+def test_a_share_of_less_than_one_element_leaves_nothing_out(suppress: float) -> None:
+    difference = torch.tensor([3.0, -4.0])
+    assert float(mean_square(difference, suppress)) == 12.5

@@ -50,6 +50,7 @@ def quantize_model(
         InputError: wrong input, found before anything was written, or a folder of a different run.
         BitfloorError: the run failed; what was finished is kept.
     """
+    steady_allocation()  # before any weight is read: a heap that has grown is used for large tensors too
     assignment = assign(source.map, job)
     fingerprint = make_fingerprint(source, job, data, options.device)
     if not Journal(out, fingerprint).exists():
@@ -69,7 +70,6 @@ def quantize_model(
         if journal.folder.exists():  # killed after config.json was written and before the journal was removed
             journal.close()
         return finished
-    steady_allocation()
     with only_writer(out), own_spill(options.spill, out) as spill:
         journal.begin(resume)
         clear_finished(out)

@@ -24,10 +24,12 @@ def steady_allocation(environment: Mapping[str, str] = os.environ) -> bool:
     glibc does not refit an aligned tensor into the hole that one of the same size has left, and raises its threshold
     for mappings to 32 MiB as soon as one is freed. A run then leaves a growing heap of holes behind it: after eight
     blocks of a model its heap spanned 1.7 GB, and the peak of one and the same run differed by a fifth from time to
-    time. With a threshold of 4 MiB the heap stays at 0.2 GB and every block peaks alike. It costs about an eighth more
-    processor time (pages made anew) where nothing but the sweep is computed, less where ranges are searched; 16 MiB
-    cost nothing and did not help in deep models. The setting holds for the process. Nothing is changed where the user
-    has set glibc's own variables for this.
+    time. With a threshold of 4 MiB the heap stays at 0.2 GB and every block peaks alike. To be called before large
+    tensors are made: a heap that has grown is searched first, whatever the threshold.
+
+    It costs about an eighth more processor time (pages made anew) where nothing but the sweep is computed, less where
+    ranges are searched. The setting holds for the process. Nothing is changed where the user has set glibc's own
+    variables for this.
 
     Args:
         environment: of the process.

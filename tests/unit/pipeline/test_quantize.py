@@ -57,6 +57,22 @@ def test_defaults_written_out_are_the_same_recipe(folder: Path) -> None:
     assert fingerprint(folder, method={"name": "gptq", "damping": 0.01, "act_order": True}) == fingerprint(folder)
 
 
+def test_the_heap_is_steadied_before_any_weight_is_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Afterwards it is too late: a heap that has grown is searched first."""
+    recipe = {"method": {"name": "rtn", "range": "minmax"}, "spec": RECIPE["spec"]}
+    source = open_source(folder)
+    calls: list[str] = []
+    read, check = source.read, source.check_finite
+    monkeypatch.setattr(source, "read", lambda *a, **k: (calls.append("read"), read(*a, **k))[1])
+    monkeypatch.setattr(source, "check_finite", lambda: (calls.append("check"), check())[1])
+    monkeypatch.setattr(quantize, "steady_allocation", lambda: calls.append("steady"))
+    job = make_job(load_recipe(recipe), source)
+    quantize.quantize_model(source, job, [], "none", tmp_path / "out", options=quantize.RunOptions())
+    assert calls[:2] == ["steady", "check"] and calls.count("steady") == 1 and "read" in calls
+
+
 def test_machine_and_versions_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint(folder)
     monkeypatch.setattr(quantize, "version", lambda name: f"{name} of the day after")

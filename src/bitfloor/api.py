@@ -21,8 +21,10 @@ from bitfloor.environment import environment as environment
 from bitfloor.evaluation.generate import generate_text
 from bitfloor.evaluation.limits import context_length
 from bitfloor.methods.base import Need
+from bitfloor.methods.learning import product_type
 from bitfloor.methods.table import METHODS
 from bitfloor.modeling.loader import SourceModel, open_source
+from bitfloor.ops import native
 from bitfloor.pipeline.events import Progress, silent
 from bitfloor.pipeline.export import export_dense
 from bitfloor.pipeline.job import Job
@@ -31,7 +33,7 @@ from bitfloor.pipeline.quantize import quantize_model
 from bitfloor.pipeline.run import RunOptions
 from bitfloor.recipe.load import load_recipe
 from bitfloor.recipe.method_options import build_config
-from bitfloor.recipe.schema import Recipe
+from bitfloor.recipe.schema import MethodChoice, Recipe
 from bitfloor.runtime.hf import load_packed
 from bitfloor.runtime.linear import cache_weights
 from bitfloor.runtime.load import load_model, load_tokenizer
@@ -76,8 +78,9 @@ def quantize(
     """
     check_device(device)
     checked = load_recipe(recipe, overrides, calibration=calibration)
+    native.loaded()  # refuses a setting that it does not know before anything is written
     source = open_source(model, trust_remote_code=trust_remote_code)
-    job = make_job(checked, source)
+    job = make_job(checked, source, device)
     check_calibration(checked, job, source, calibration)
     planned = make_plan(source, job, _plan_data(checked, job), device=device, spill=spill is not None)
     check_memory(planned)
@@ -108,7 +111,7 @@ def plan(
     check_device(device)
     checked = load_recipe(recipe, overrides, calibration=calibration)
     source = open_source(model, trust_remote_code=trust_remote_code)
-    job = make_job(checked, source)
+    job = make_job(checked, source, device)
     check_calibration(checked, job, source, calibration)
     planned = make_plan(source, job, _plan_data(checked, job), device=device, spill=spill)
     result = {"model": _short(model), "recipe": checked.name, **planned}
@@ -223,13 +226,14 @@ def generate(
     return generate_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat).text
 
 
-def make_job(recipe: Recipe, source: SourceModel) -> Job:
-    """Translate a recipe for one model.
+def make_job(recipe: Recipe, source: SourceModel, device: str = "cpu") -> Job:
+    """Translate a recipe for one model, and for one device where the recipe leaves a choice to it.
 
     Raises:
         InputError: a layer rule that matches nothing, or a width the method does not know.
     """
     recipe.check_rules([ref.name for ref in source.map.matrices])
+    recipe = _settled(recipe, device)
     method = METHODS[recipe.method.name]
     _check_widths(recipe, source, getattr(method, "min_bits", 1))
     head = recipe.embedding if recipe.head.bits is None else recipe.head
@@ -242,6 +246,16 @@ def make_job(recipe: Recipe, source: SourceModel) -> Job:
         recipe_name=recipe.name,
         recipe_sha256=recipe.sha256(),
     )
+
+
+def _settled(recipe: Recipe, device: str) -> Recipe:
+    """With the type of products that ``precision: auto`` means on this device: it decides bytes, so it is hashed."""
+    options = recipe.method.options
+    if options.get("precision") != "auto":
+        return recipe
+    dtype = product_type("auto", torch.device(device).type)
+    chosen = {**options, "precision": str(dtype).removeprefix("torch.")}
+    return recipe.model_copy(update={"method": MethodChoice(name=recipe.method.name, **chosen)})
 
 
 def _check_widths(recipe: Recipe, source: SourceModel, least: int) -> None:

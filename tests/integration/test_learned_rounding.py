@@ -74,6 +74,36 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(method: str, pico: Any, learned
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
+def test_a_run_is_not_continued_with_products_of_another_type(
+    pico: Any, learned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``precision: auto`` means another type on another processor, and with it other bytes."""
+    model, recipe, out = pico("llama"), learned("signround", steps=2), tmp_path / "out"
+
+    def stop(event: Event) -> None:
+        if event.kind == "block":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        api.quantize(model, out, recipe, progress=stop)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    with pytest.raises(InputError, match="recipe was"):
+        api.quantize(model, out, recipe)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)
+    report = api.quantize(model, out, recipe)
+    assert report["recipe"]["method"]["precision"] == "float32"
+
+
+def test_an_unknown_setting_of_the_kernels_is_refused_before_anything_is_written(
+    pico: Any, learned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITFLOOR_KERNELS", "foo")
+    with pytest.raises(InputError, match="BITFLOOR_KERNELS=foo is not known"):
+        api.quantize(pico("llama"), tmp_path / "out", learned("signround", steps=1))
+    assert not (tmp_path / "out").exists()
+
+
 def nll(model: Path, texts: Any) -> float:
     (entry,) = api.evaluate(model, perplexity=[texts.evaluation], windows=None, seqlen=256)["perplexity"]
     return float(torch.tensor(entry["value"], dtype=torch.float64).log())

@@ -88,11 +88,11 @@ class SignroundConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.steps <= 1_000_000:
-            raise InputError(f"steps = {self.steps} is not a number of updates; use 0 (round to nearest) to 1000000.")
+            raise InputError(f"steps = {self.steps} is not a number of updates; use 0 (keep the start) to 1000000.")
         for name in ("rate", "range_rate"):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
-                raise InputError(f"{name} = {value:g} is not a step between 0 and 1; leave it out for 1 / steps.")
+                raise InputError(f"{name} = {value:g} is not a step; use a number from 0 to 1.")
         for name in ("accumulate", "check_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:

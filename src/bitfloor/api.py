@@ -25,6 +25,7 @@ from bitfloor.methods.learning import product_type
 from bitfloor.methods.table import METHODS
 from bitfloor.modeling.loader import SourceModel, open_source
 from bitfloor.ops import native
+from bitfloor.pipeline.allocator import steady_allocation
 from bitfloor.pipeline.events import Progress, silent
 from bitfloor.pipeline.export import export_dense
 from bitfloor.pipeline.job import Job
@@ -78,6 +79,7 @@ def quantize(
     """
     check_device(device)
     checked = load_recipe(recipe, overrides, calibration=calibration)
+    steady_allocation()  # before the first large tensor: a heap that has grown is used for the later ones too
     native.loaded()  # refuses a setting that it does not know before anything is written
     source = open_source(model, trust_remote_code=trust_remote_code)
     job = make_job(checked, source, device)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bitfloor.core.errors import InputError
 from bitfloor.modeling.loader import SourceModel
-from bitfloor.pipeline.allocator import steady_allocation
 from bitfloor.pipeline.finish import write_checkpoint
 from bitfloor.pipeline.folder import clear_finished, damaged_file, only_writer, own_spill, prepare
 from bitfloor.pipeline.job import Job, assign
@@ -50,7 +49,6 @@ def quantize_model(
         InputError: wrong input, found before anything was written, or a folder of a different run.
         BitfloorError: the run failed; what was finished is kept.
     """
-    steady_allocation()  # before any weight is read: a heap that has grown is used for large tensors too
     assignment = assign(source.map, job)
     fingerprint = make_fingerprint(source, job, data, options.device)
     if not Journal(out, fingerprint).exists():

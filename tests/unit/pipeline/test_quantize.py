@@ -9,7 +9,9 @@ import pytest
 import torch
 from pico import save_pico
 
+from bitfloor import api
 from bitfloor.api import make_job
+from bitfloor.core.errors import InputError
 from bitfloor.modeling.loader import open_source
 from bitfloor.pipeline import quantize
 from bitfloor.pipeline.quantize import make_fingerprint
@@ -57,20 +59,19 @@ def test_defaults_written_out_are_the_same_recipe(folder: Path) -> None:
     assert fingerprint(folder, method={"name": "gptq", "damping": 0.01, "act_order": True}) == fingerprint(folder)
 
 
-def test_the_heap_is_steadied_before_any_weight_is_read(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Afterwards it is too late: a heap that has grown is searched first."""
-    recipe = {"method": {"name": "rtn", "range": "minmax"}, "spec": RECIPE["spec"]}
-    source = open_source(folder)
+def test_the_heap_is_steadied_before_the_model_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building a skeleton makes every weight for a moment; a heap that has grown by then is searched first ever after."""
     calls: list[str] = []
-    read, check = source.read, source.check_finite
-    monkeypatch.setattr(source, "read", lambda *a, **k: (calls.append("read"), read(*a, **k))[1])
-    monkeypatch.setattr(source, "check_finite", lambda: (calls.append("check"), check())[1])
-    monkeypatch.setattr(quantize, "steady_allocation", lambda: calls.append("steady"))
-    job = make_job(load_recipe(recipe), source)
-    quantize.quantize_model(source, job, [], "none", tmp_path / "out", options=quantize.RunOptions())
-    assert calls[:2] == ["steady", "check"] and calls.count("steady") == 1 and "read" in calls
+
+    def opened(*_: Any, **__: Any) -> Any:
+        calls.append("open")
+        raise InputError("enough")
+
+    monkeypatch.setattr(api, "steady_allocation", lambda: calls.append("steady"))
+    monkeypatch.setattr(api, "open_source", opened)
+    with pytest.raises(InputError, match="enough"):
+        api.quantize(tmp_path, tmp_path / "out")
+    assert calls == ["steady", "open"]
 
 
 def test_machine_and_versions_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_defaults_written_out_are_the_same_recipe(folder: Path) -> None:
 
 
 def test_the_heap_is_steadied_before_the_model_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Building a skeleton makes every weight for a moment; a heap that has grown by then is searched first ever after."""
+    """Building a skeleton makes every weight for a moment; a heap that has grown is searched first ever after."""
     calls: list[str] = []
 
     def opened(*_: Any, **__: Any) -> Any:

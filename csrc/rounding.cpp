@@ -1,6 +1,6 @@
 // Fake quantization for learned rounding: the forward, the codes, and the update with its sums, each in one pass.
 //
-// src/bitfloor/ops/rounding_reference.py defines every value computed here, bit for bit; ops/native.py calls it.
+// src/bitfloor/ops/rounding_reference.py defines every value computed here, but for the sign of a zero; ops/native.py calls it.
 // Matrices are dense, row by row: weight, shift, grad, out [rows, columns]; scale, zero, towards, clipped
 // [rows, groups], with groups of group_size columns, of which the last may be short. shift may be null. Rows first to
 // last - 1 are treated, so that callers can share rows between threads; no value depends on how they do.

@@ -1,4 +1,4 @@
-"""The native kernel of learned rounding against its definition in torch: equal bits, sums included."""
+"""The native kernel of learned rounding against its definition in torch: equal values, sums included."""
 
 from __future__ import annotations
 

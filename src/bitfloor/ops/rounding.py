@@ -1,7 +1,7 @@
 """Fake quantization for learned rounding: forward, codes, and the signed step with its sums, each in one pass.
 
 What is computed is defined in :mod:`bitfloor.ops.rounding_reference`, in torch, for any device and any strides. Dense
-float32 matrices on the CPU go to the native kernel (``csrc/rounding.cpp``) if it was built; it gives the same bits.
+float32 matrices on the CPU go to the native kernel (``csrc/rounding.cpp``) if it was built; it gives the same values.
 Nothing here is part of a graph: the gradient of the loss is an argument.
 """
 

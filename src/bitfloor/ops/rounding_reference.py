@@ -1,4 +1,4 @@
-"""Fake quantization for learned rounding in plain torch: the definition that the native kernel equals bit for bit.
+"""Fake quantization for learned rounding in plain torch: the definition that the native kernel equals (the sign of a zero apart).
 
 | symbol | here | meaning |
 | --- | --- | --- |

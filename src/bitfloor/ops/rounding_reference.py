@@ -1,4 +1,4 @@
-"""Fake quantization for learned rounding in plain torch: the definition that the native kernel equals (the sign of a zero apart).
+"""Fake quantization for learned rounding in plain torch: what the native kernel equals, but for the sign of a zero.
 
 | symbol | here | meaning |
 | --- | --- | --- |

@@ -22,15 +22,13 @@ def steady_allocation(environment: Mapping[str, str] = os.environ) -> bool:
     """Have large tensors mapped one by one, so that freeing one returns its pages at once.
 
     glibc does not refit an aligned tensor into the hole that one of the same size has left, and raises its threshold
-    for mappings to 32 MiB as soon as one is freed. A run then leaves a growing heap of holes behind it: after eight
-    blocks of a model its heap spanned 1.7 GB, and the peak of one and the same run differed by a fifth from time to
-    time. With a threshold of 4 MiB the heap stays at 0.2 GB and every block peaks alike. To be called before large
-    tensors are made: a heap that has grown is searched first, whatever the threshold, and building a model's skeleton
-    is enough to grow it (3 GB of address space for 48 layers).
+    for mappings to 32 MiB as soon as one is freed. A run then leaves a growing heap of holes behind it, and its peak
+    depends on luck. With a fixed threshold the heap holds small things only and every block peaks alike. To be called
+    before large tensors are made: a heap that has grown is searched first, whatever the threshold, and building a
+    model's skeleton is enough to grow it.
 
-    It costs about an eighth more processor time (pages made anew) where nothing but the sweep is computed, less where
-    ranges are searched. The setting holds for the process. Nothing is changed where the user has set glibc's own
-    variables for this.
+    It costs some processor time (pages made anew). The setting holds for the process. Nothing is changed where the
+    user has set glibc's own variables for this.
 
     Args:
         environment: of the process.

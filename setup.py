@@ -3,10 +3,11 @@
 from setuptools import Extension, setup
 
 # Plain C functions, loaded with ctypes: no headers of Python are needed. The flags are a part of what is computed:
-# one rounding per operation, never a fused or reordered one (csrc/rounding.cpp says more).
+# one rounding per operation, never a fused or reordered one (csrc/common.h says more).
 NATIVE = Extension(
     "bitfloor.ops._native",
-    sources=["csrc/rounding.cpp"],
+    sources=["csrc/rounding.cpp", "csrc/sweeps.cpp"],
+    depends=["csrc/common.h"],
     language="c++",
     extra_compile_args=[
         "-std=c++17",

@@ -4,31 +4,10 @@
 // Matrices are dense, row by row: weight, shift, grad, out [rows, columns]; scale, zero, towards, clipped
 // [rows, groups], with groups of group_size columns, of which the last may be short. shift may be null. Rows first to
 // last - 1 are treated, so that callers can share rows between threads; no value depends on how they do.
-//
-// No value depends on the instruction set either: every operation is one IEEE operation (build with
-// -ffp-contract=off and without -ffast-math), and sums have a fixed order, that of 16 lanes.
 
-#include <stdint.h>
+#include "common.h"
 
-// One version of each function per instruction set; the loader of the system picks one (needs glibc).
-#if defined(__x86_64__) && defined(__GLIBC__) && \
-    ((defined(__clang__) && __clang_major__ >= 15) || (!defined(__clang__) && __GNUC__ >= 8))
-#define VERSIONS __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define VERSIONS
-#endif
-#define PUBLIC extern "C"
-#define INLINE static inline __attribute__((always_inline))
-
-// To be raised with every change of a signature or of a value; ABI in ops/native.py must follow.
-static const int64_t ABI = 1;
-
-static const int64_t LANES = 16;  // LANES in the reference
 static const int64_t TILE = 256;  // columns whose products are kept at once; a multiple of LANES
-
-// (x + this) - this is x rounded half to even for |x| < 2^22: what has no place in a float of this size is rounded off.
-// Larger x keep their size nearly, and infinities theirs, so that they stay outside of any codes.
-static const float HALF_TO_EVEN = 12582912.0f;  // 1.5 * 2^23
 
 namespace {
 
@@ -54,12 +33,7 @@ template <bool SHIFTED>
 INLINE float unclamped(float weight, float shift, float scale, float offset) {
     float x = (weight + offset) / scale;
     if (SHIFTED) x = x + shift;
-    return (x + HALF_TO_EVEN) - HALF_TO_EVEN;
-}
-
-INLINE float clamped(float code, float top) {
-    code = code < 0.0f ? 0.0f : code;
-    return code > top ? top : code;
+    return rounded(x);
 }
 
 template <bool SHIFTED>
@@ -101,19 +75,6 @@ INLINE void step_tile(const float* __restrict weight, float* __restrict shift, c
     }
 }
 
-INLINE void add_lanes(float* __restrict lanes, const float* __restrict values, int64_t count) {
-    int64_t j = 0;
-    for (; j + LANES <= count; j += LANES)
-        for (int64_t lane = 0; lane < LANES; ++lane) lanes[lane] += values[j + lane];
-    for (int64_t lane = 0; j + lane < count; ++lane) lanes[lane] += values[j + lane];
-}
-
-INLINE float folded(float* lanes) {
-    for (int64_t half = LANES / 2; half; half /= 2)
-        for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    return lanes[0];
-}
-
 template <bool SHIFTED>
 INLINE void step_group(const float* weight, float* shift, const float* grad, float scale, float zero, float move,
                        float* towards, float* clipped, int64_t count, float top) {
@@ -130,7 +91,7 @@ INLINE void step_group(const float* weight, float* shift, const float* grad, flo
     *clipped = folded(clipped_lanes);
 }
 
-PUBLIC int64_t bitfloor_rounding_abi(void) { return ABI; }
+PUBLIC int64_t bitfloor_abi(void) { return ABI; }
 
 // out = (clamp(round((weight + zero * scale) / scale + shift), 0, 2^bits - 1) - zero) * scale
 PUBLIC VERSIONS void bitfloor_fake_quantize(const float* weight, const float* shift, const float* scale,

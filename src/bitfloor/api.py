@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitfloor.core.errors import InputError
+from bitfloor.core.precision import product_type
 from bitfloor.core.spec import QuantSpec
 from bitfloor.data.sources import load_text
 from bitfloor.data.tokenize import calibration_batches, token_sha256
@@ -21,7 +22,6 @@ from bitfloor.environment import environment as environment
 from bitfloor.evaluation.generate import generate_text
 from bitfloor.evaluation.limits import context_length
 from bitfloor.methods.base import Need
-from bitfloor.methods.learning import product_type
 from bitfloor.methods.table import METHODS
 from bitfloor.modeling.loader import SourceModel, open_source
 from bitfloor.ops import native
@@ -34,7 +34,7 @@ from bitfloor.pipeline.quantize import quantize_model
 from bitfloor.pipeline.run import RunOptions
 from bitfloor.recipe.load import load_recipe
 from bitfloor.recipe.method_options import build_config
-from bitfloor.recipe.schema import MethodChoice, Recipe
+from bitfloor.recipe.schema import Recipe
 from bitfloor.runtime.hf import load_packed
 from bitfloor.runtime.linear import cache_weights
 from bitfloor.runtime.load import load_model, load_tokenizer
@@ -247,17 +247,15 @@ def make_job(recipe: Recipe, source: SourceModel, device: str = "cpu") -> Job:
         recipe=recipe.content(),
         recipe_name=recipe.name,
         recipe_sha256=recipe.sha256(),
+        products=product_type(recipe.calibration.precision, device),
     )
 
 
 def _settled(recipe: Recipe, device: str) -> Recipe:
     """With the type of products that ``precision: auto`` means on this device: it decides bytes, so it is hashed."""
-    options = recipe.method.options
-    if options.get("precision") != "auto":
-        return recipe
-    dtype = product_type("auto", torch.device(device).type)
-    chosen = {**options, "precision": str(dtype).removeprefix("torch.")}
-    return recipe.model_copy(update={"method": MethodChoice(name=recipe.method.name, **chosen)})
+    dtype = product_type(recipe.calibration.precision, torch.device(device).type)
+    chosen = recipe.calibration.model_copy(update={"precision": str(dtype).removeprefix("torch.")})
+    return recipe.model_copy(update={"calibration": chosen})
 
 
 def _check_widths(recipe: Recipe, source: SourceModel, least: int) -> None:

@@ -11,7 +11,7 @@ from cli.conftest import Folder, Run
 from bitfloor.pipeline.timing import remember
 
 SCHEMA = {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "layers"}
-LAYER = {"name", "shape", "segments", "bytes", "bits_per_weight", "block_error"}
+LAYER = {"name", "shape", "segments", "bytes", "bits_per_weight", "block_error", "learning"}
 
 
 def test_the_json_is_exactly_the_documented_one(run: Run, folder: Folder) -> None:

@@ -85,7 +85,7 @@ def test_the_report_says_what_was_done(quantized: Folder) -> None:
     assert report["made_from"]["recipe"] == report["recipe_sha256"]
     errors = []
     for name, matrix in report["matrices"].items():
-        assert set(matrix) == {"block_error", "output_error", "note"}, name
+        assert set(matrix) == {"block_error", "output_error", "learning", "note"}, name
         assert 0 < matrix["output_error"] < 0.2 and 0 < matrix["block_error"] < 0.2 and matrix["note"] is None, name
         errors.append(matrix["block_error"])
     assert len(set(errors)) == 3  # one for each block
@@ -96,7 +96,7 @@ def test_inspect_prints_the_documented_document(quantized: Folder, capsys: pytes
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "layers"}
     assert set(found["bytes"]) == {"total", "linears", "embeddings", "other"}
-    keys = {"name", "shape", "segments", "bytes", "bits_per_weight", "block_error"}
+    keys = {"name", "shape", "segments", "bytes", "bits_per_weight", "block_error", "learning"}
     assert all(set(layer) == keys and layer["block_error"] > 0 for layer in found["layers"])
     layer = {layer["name"]: layer for layer in found["layers"]}["model.layers.1.mlp.down_proj"]
     assert layer["shape"] == [64, 176] and layer["segments"] == [{"bits": 3, "columns": 176, "group_size": 32}]

@@ -92,7 +92,7 @@ def test_a_run_is_not_continued_with_products_of_another_type(
         api.quantize(model, out, recipe)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)
     report = api.quantize(model, out, recipe)
-    assert report["recipe"]["method"]["precision"] == "float32"
+    assert report["recipe"]["calibration"]["precision"] == "float32"
 
 
 def test_an_unknown_setting_of_the_kernels_is_refused_before_anything_is_written(
@@ -154,7 +154,7 @@ def test_weights_that_are_outliers_do_not_end_in_nan(pico: Any, learned: Any, tm
 
 
 def test_an_option_of_a_learning_method_is_checked_with_the_recipe() -> None:
-    with pytest.raises(InputError, match="method.precision"):
-        load_recipe("signround-w2g64", ["method.precision=float16"])
+    with pytest.raises(InputError, match="calibration.precision"):
+        load_recipe("signround-w2g64", ["calibration.precision=float16"])
     with pytest.raises(InputError, match="steps = -1 is not a number of updates"):
         load_recipe("signround-w2g64", ["method.steps=-1"])

@@ -31,13 +31,22 @@ class BlockRunner:
         prefix: its path from the model root, ``"model.layers.3"``.
         refs: its quantizable matrices.
         calls: its captured arguments, one per batch.
+        products: type in which matrices are multiplied; norms, softmax and the residual stream stay float32.
 
     Attributes:
         names: public names of the matrices, in module order.
     """
 
-    def __init__(self, module: nn.Module, prefix: str, refs: Sequence[MatrixRef], calls: Sequence[Call]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        prefix: str,
+        refs: Sequence[MatrixRef],
+        calls: Sequence[Call],
+        products: torch.dtype = torch.float32,
+    ) -> None:
         self.module = module
+        self.products = products
         self.names = [ref.name for ref in refs]
         self._refs = {ref.name: ref for ref in refs}
         self._local = {ref.name: ref.param.removeprefix(f"{prefix}.") for ref in refs}
@@ -255,7 +264,8 @@ class BlockRunner:
     def _run(self, x: Tensor, batch: int, replaced: Mapping[str, Tensor]) -> Tensor:
         device = next(self.module.parameters()).device
         args, kwargs = self._calls[batch].bind(x.to(device))
-        with self._one_by_one():
+        mixed = torch.autocast(device.type, self.products, enabled=self.products is not torch.float32)
+        with self._one_by_one(), mixed:
             output = (
                 functional_call(self.module, dict(replaced), args, kwargs) if replaced else self.module(*args, **kwargs)
             )
@@ -264,7 +274,7 @@ class BlockRunner:
             raise BitfloorError(
                 f"a {type(self.module).__name__} returned {type(hidden).__name__}, not a hidden state like its input."
             )
-        return hidden
+        return hidden.float()
 
     def _replacements(self, overrides: Mapping[str, Tensor]) -> Prepared:
         """Overrides as the parameters they live in: transposed where stored so, experts put back into their stack."""

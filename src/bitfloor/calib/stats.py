@@ -1,6 +1,6 @@
 """Statistics of activations, accumulated batch by batch.
 
-Sums are kept in the precision they are multiplied in, float32, except vectors, which are float64 because that is free.
+Sums are float32, except those of vectors, which are float64 because that is free.
 The Hessian of a matrix with 11,008 inputs is 485 MB in float32; doubling it would buy nothing: the relative error of a
 float32 sum over some hundred batches stays below 1e-5, and every user of it adds a thousand times that as damping.
 Batches are added in order, so equal inputs and an equal thread count give equal bytes.
@@ -13,9 +13,16 @@ from torch import Tensor
 
 from bitfloor.core.errors import BitfloorError
 
+PANELS = 6
+LEAST_PANEL = 128
+
 
 class HessianSum:
     """Streaming ``X^T X`` over rows of activations.
+
+    The products are float32 whatever the model's own are: a Hessian whose entries were rounded to bfloat16 need not be
+    positive semi-definite (the first attention output of SmolLM2-135M then asked for ten times the damping). Being
+    symmetric, only its lower half is computed, in panels.
 
     Args:
         in_features: ``I``.
@@ -23,14 +30,28 @@ class HessianSum:
     """
 
     def __init__(self, in_features: int, device: str | torch.device = "cpu") -> None:
-        self.total = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._whole = True  # the upper half is up to date
+        panel = max(LEAST_PANEL, -(-in_features // PANELS))
+        self._panels = [(at, min(at + panel, in_features)) for at in range(0, in_features, panel)]
         self.rows = 0
 
     def add(self, x: Tensor) -> None:
         """Add activations ``[N, I]`` of any float type (multiplied in float32)."""
-        x = _rows(x, self.total.shape[0])
-        self.total.addmm_(x.t(), x)
+        x = _rows(x, self._sum.shape[0]).float()
+        for first, last in self._panels:
+            self._sum[first:last, :last].addmm_(x[:, first:last].t(), x[:, :last])
+        self._whole = False
         self.rows += x.shape[0]
+
+    @property
+    def total(self) -> Tensor:
+        """``X^T X`` as float32 ``[I, I]``: the sum itself, not a copy."""
+        if not self._whole:
+            for first, last in self._panels:
+                self._sum[:first, first:last] = self._sum[first:last, :first].t()
+            self._whole = True
+        return self._sum
 
     def mean(self) -> Tensor:
         """``X^T X / N`` as float32 ``[I, I]``; zeros if no row was seen."""
@@ -43,15 +64,20 @@ class DriftSum:
     Args:
         in_features: ``I``.
         device: where the sum is kept; batches must be there too.
+        products: type of the factors of a product. In bfloat16 the difference (taken in float32) and the inputs are
+            rounded, and each batch's product is; the sum over batches stays float32.
     """
 
-    def __init__(self, in_features: int, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, in_features: int, device: str | torch.device = "cpu", products: torch.dtype = torch.float32
+    ) -> None:
         self.total = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.products = products
 
     def add(self, exact: Tensor, x: Tensor) -> None:
         """Add activations ``[N, I]`` of the float model and of the quantized model, row by row the same token."""
         x = _rows(x, self.total.shape[0])
-        self.total.addmm_((_rows(exact, self.total.shape[0]) - x).t(), x)
+        _add_product(self.total, _rows(exact, self.total.shape[0]).float() - x.float(), x, self.products)
 
 
 class MomentSum:
@@ -71,6 +97,7 @@ class MomentSum:
         """Add activations ``[N, I]`` of any float type."""
         x = _rows(x, self.total.shape[0])
         if x.shape[0]:
+            x = x.float()
             self.total += x.square().sum(dim=0, dtype=torch.float64)
             torch.maximum(self.peak, x.abs().amax(dim=0), out=self.peak)
         self.rows += x.shape[0]
@@ -98,4 +125,13 @@ class RowCount:
 def _rows(x: Tensor, in_features: int) -> Tensor:
     if x.dim() != 2 or x.shape[1] != in_features:
         raise BitfloorError(f"activations of shape {list(x.shape)} do not fit a matrix with {in_features} inputs.")
-    return x.detach().float()
+    return x.detach()
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, products: torch.dtype) -> None:
+    """``total += left^T right`` with factors of the type ``products``."""
+    left, right = left.to(products), right.to(products)
+    if products == total.dtype:
+        total.addmm_(left.t(), right)
+    else:
+        total += left.t() @ right

@@ -21,8 +21,11 @@ def inspect(
     if as_json:
         print_json(found.as_json())
         return
-    headings = ("layer", "shape", "bits", "group", "bytes", "bits/weight", "block error", "time")
-    display(table(headings, (_row(layer) for layer in found.layers)), summary(found))
+    learnt = any(layer.learning for layer in found.layers)
+    headings = ["layer", "shape", "bits", "group", "bytes", "bits/weight", "block error", "time"]
+    if learnt:
+        headings.insert(7, "loss, learning")
+    display(table(headings, (_row(layer, learnt) for layer in found.layers)), summary(found))
     fallbacks = [(layer.name, layer.note) for layer in found.layers if layer.note]
     if fallbacks:
         display(pairs([("fallbacks", str(len(fallbacks))), *fallbacks]))
@@ -45,7 +48,7 @@ def summary(found: Inspection) -> Table:
     )
 
 
-def _row(layer: Layer) -> tuple[str, ...]:
+def _row(layer: Layer, learnt: bool) -> tuple[str, ...]:
     return (
         layer.name,
         f"{layer.shape[0]} x {layer.shape[1]}",
@@ -54,8 +57,16 @@ def _row(layer: Layer) -> tuple[str, ...]:
         in_bytes(layer.nbytes),
         f"{layer.bits_per_weight:.3f}",
         in_short(layer.block_error),
+        *([_learning(layer)] if learnt else []),
         in_time(layer.seconds),
     )
+
+
+def _learning(layer: Layer) -> str:
+    """The loss of the layer's block before and after learning."""
+    if layer.learning is None:
+        return "-"
+    return f"{in_short(layer.learning['before'])} to {in_short(layer.learning['after'])}"
 
 
 def _joined(layer: Layer, key: str) -> str:

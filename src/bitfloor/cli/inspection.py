@@ -38,6 +38,7 @@ class Layer:
         segments: ``bits``, ``columns`` and ``group_size`` of each column segment.
         nbytes: stored bytes, scales, zero-points and all; an order shared with another matrix is counted there.
         block_error: relative squared error of its block's output, None when the report has none.
+        learning: of its block: loss ``before`` and ``after``, the ``step`` kept, ``steps`` made; None if nothing was.
         seconds: time spent on it, None when this machine does not remember the run.
         note: a fallback that was taken, None when there was none.
     """
@@ -48,6 +49,7 @@ class Layer:
     segments: tuple[dict[str, int], ...]
     nbytes: int
     block_error: float | None
+    learning: Mapping[str, float] | None
     seconds: float | None
     note: str | None = None
 
@@ -106,6 +108,7 @@ class Inspection:
                     "bytes": layer.nbytes,
                     "bits_per_weight": layer.bits_per_weight,
                     "block_error": layer.block_error,
+                    "learning": None if layer.learning is None else dict(layer.learning),
                 }
                 for layer in self.layers
             ],
@@ -140,7 +143,7 @@ def inspect_folder(folder: Path) -> Inspection:
 def _layer(name: str, layout: Mapping[str, Any], nbytes: int, facts: Mapping[str, Any]) -> Layer:
     segments = tuple({key: int(part[key]) for key in ("bits", "columns", "group_size")} for part in layout["segments"])
     rows, columns = layout["shape"]
-    told = (facts.get("block_error"), facts.get("seconds"), facts.get("note"))
+    told = (facts.get("block_error"), facts.get("learning"), facts.get("seconds"), facts.get("note"))
     return Layer(name, layout["kind"], (rows, columns), segments, nbytes, *told)
 
 

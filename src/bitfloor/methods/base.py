@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from bitfloor.core.packed import PackedWeight
@@ -20,7 +21,8 @@ class Need(Enum):
     """What must be ready before a block can be quantized."""
 
     INPUTS = "inputs"  # the block's inputs as the quantized model produces them, with its call arguments
-    EXACT = "exact"  # the block's inputs as the float model produces them; its outputs on them are the targets
+    EXACT = "exact"  # the block's inputs as the float model produces them
+    TARGETS = "targets"  # what the float block makes of those: the outputs to aim at
     HESSIAN = "hessian"  # X^T X of each input group; those of one stage (all experts of a layer) are alive at once
     GRADIENTS = "gradients"  # back-propagation through the block
 
@@ -38,6 +40,8 @@ class Batches(Protocol):
 
 class Block(Protocol):
     """The part of :class:`bitfloor.calib.block.BlockRunner` that methods use."""
+
+    products: torch.dtype  # in which its matrices are multiplied
 
     def weight(self, name: str) -> Tensor:
         """Float32 ``[O, I]`` of a matrix by public name."""
@@ -87,12 +91,29 @@ class MatrixReport:
     note: str | None = None
 
 
+@dataclass(frozen=True)
+class Learning:
+    """How the learning of a block went.
+
+    Args:
+        before, after: loss on the batches that decide, at the start and at the step that was kept.
+        step: the step that was kept.
+        steps: updates that were made.
+    """
+
+    before: float
+    after: float
+    step: int
+    steps: int
+
+
 @dataclass
 class BlockResult:
     """The packed weights of one block by public name, and what to report."""
 
     weights: dict[str, PackedWeight] = field(default_factory=dict)
     reports: dict[str, MatrixReport] = field(default_factory=dict)
+    learning: Learning | None = None
 
 
 class Method(Protocol):
@@ -102,6 +123,7 @@ class Method(Protocol):
     paper: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[Any]]
+    learnt_bytes: ClassVar[int]  # held for a weight while it is learnt, beside the weight; 0 for methods without
 
     def __init__(self, config: Any) -> None: ...
 
@@ -110,7 +132,12 @@ class Method(Protocol):
         """What the pipeline must prepare."""
 
     def quantize_block(
-        self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], exact: Batches = ()
+        self,
+        block: Block,
+        inputs: Batches,
+        specs: Mapping[str, QuantSpec],
+        exact: Batches = (),
+        targets: Batches = (),
     ) -> BlockResult:
         """Quantize the matrices named in ``specs``; the others of the block stay float.
 
@@ -119,6 +146,7 @@ class Method(Protocol):
             inputs: its inputs in the quantized model, one ``[B, T, D]`` float32 a batch; empty when not needed.
             specs: matrix name to storage.
             exact: the block's inputs in the float model, batch by batch the same tokens; empty without `Need.EXACT`.
+            targets: its outputs there, on those inputs; empty without `Need.TARGETS`.
         """
 
 

@@ -15,7 +15,7 @@ from bitfloor.core.packed import PackedWeight, segment_codes
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, Need
 from bitfloor.methods.gptq import Gptq
-from bitfloor.methods.learning import learn_block
+from bitfloor.methods.learning import learn_block, learning_of
 from bitfloor.methods.options import BitfloorConfig
 from bitfloor.solvers.block_opt import Schedule
 from bitfloor.solvers.refine import Refinement
@@ -34,6 +34,8 @@ class Bitfloor:
     paper: ClassVar[str] = "GPTQ, arXiv 2210.17323; QEP, arXiv 2504.09629; SignRound, arXiv 2309.05516"
     summary: ClassVar[str] = "GPTQ with correction as a start, then a few sign steps a block; minutes per model"
     Config: ClassVar[type[BitfloorConfig]] = BitfloorConfig
+    # as SignRound, and the latent weight
+    learnt_bytes: ClassVar[int] = 21
     min_bits: ClassVar[int] = 2
 
     def __init__(self, config: BitfloorConfig) -> None:
@@ -43,10 +45,15 @@ class Bitfloor:
     @property
     def needs(self) -> frozenset[Need]:
         needs = self._start.needs
-        return needs | {Need.EXACT, Need.GRADIENTS} if self.config.steps else needs
+        return needs | {Need.TARGETS, Need.GRADIENTS} if self.config.steps else needs
 
     def quantize_block(
-        self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], exact: Batches = ()
+        self,
+        block: Block,
+        inputs: Batches,
+        specs: Mapping[str, QuantSpec],
+        exact: Batches = (),
+        targets: Batches = (),
     ) -> BlockResult:
         """See :class:`bitfloor.methods.base.Method`."""
         result = self._start.quantize_block(block, inputs, specs, exact)
@@ -59,8 +66,9 @@ class Bitfloor:
         }
         config = self.config
         schedule = Schedule(config.steps, config.rate, SCALE_SHARE * config.rate)
-        outcome = learn_block(block, inputs, exact, learnt, schedule, config.precision, config.suppress)
+        outcome = learn_block(block, inputs, targets, learnt, schedule, config.suppress)
         seconds = (time.perf_counter() - began) / len(specs)
+        result.learning = learning_of(outcome)
         for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
             result.weights[name] = pack(codes, grid)
             before = result.reports[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from bitfloor.core.packed import dequantize
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need, stages
 from bitfloor.methods.options import GptqConfig
+from bitfloor.solvers.descent import descend
 from bitfloor.solvers.gptq import GptqResult, GridSearch, gptq
 from bitfloor.solvers.ranges import search_grid, tempered
 
@@ -31,6 +33,7 @@ class Gptq:
     paper: ClassVar[str] = "GPTQ, arXiv 2210.17323"
     summary: ClassVar[str] = "rounding that spreads each column's error over the columns to come; minutes per model"
     Config: ClassVar[type[GptqConfig]] = GptqConfig
+    learnt_bytes: ClassVar[int] = 0
 
     def __init__(self, config: GptqConfig) -> None:
         self.config = config
@@ -41,14 +44,19 @@ class Gptq:
         return frozenset({*needs, Need.EXACT} if self.config.correction else needs)
 
     def quantize_block(
-        self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], exact: Batches = ()
+        self,
+        block: Block,
+        inputs: Batches,
+        specs: Mapping[str, QuantSpec],
+        exact: Batches = (),
+        targets: Batches = (),
     ) -> BlockResult:
         """See :class:`bitfloor.methods.base.Method`."""
         result = BlockResult()
         done: dict[str, Tensor] = {}
         for stage in stages(block, inputs, specs):
             paired = bool(self.config.correction)
-            seen = {group[0]: _Seen(block.weight(group[0]), paired) for group in stage}
+            seen = {group[0]: _Seen(block.weight(group[0]), paired, block.products) for group in stage}
             if paired:
                 block.observe_pairs(
                     exact, inputs, lambda name, e, x, seen=seen: seen[name].add_pair(e, x), list(seen), done or None
@@ -110,6 +118,11 @@ class Gptq:
             drift=None if seen.drift is None else seen.drift.total,
             correction=config.correction,
         )
+        if config.sweeps:
+            codes, grid = descend(
+                solved.target, solved.codes, solved.grid, hessian, damping=solved.damping, sweeps=config.sweeps
+            )
+            solved = replace(solved, codes=codes, grid=grid)
         note = None
         if solved.damping > config.damping:
             note = f"damping raised from {config.damping:g} to {solved.damping:g} to factorise the Hessian"
@@ -122,11 +135,12 @@ class _Seen:
     Args:
         weight: one of the group's matrices ``[O, I]``.
         paired: also how far that input has drifted from the float model's.
+        products: type in which is multiplied.
     """
 
-    def __init__(self, weight: Tensor, paired: bool) -> None:
+    def __init__(self, weight: Tensor, paired: bool, products: torch.dtype) -> None:
         self.hessian = HessianSum(weight.shape[1], weight.device)
-        self.drift = DriftSum(weight.shape[1], weight.device) if paired else None
+        self.drift = DriftSum(weight.shape[1], weight.device, products) if paired else None
 
     def add_pair(self, exact: Tensor, x: Tensor) -> None:
         assert self.drift is not None

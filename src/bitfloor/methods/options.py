@@ -38,6 +38,7 @@ class GptqConfig:
         damping: added to the Hessian's diagonal, relative to its mean.
         act_order: sweep columns in order of falling importance (the groups stay in natural order).
         correction: how far to move the target towards the float model's output on the float model's input, 0 to 1.
+        sweeps: coordinate descent on codes and scales afterwards: how often every column is looked at again.
     """
 
     range: str = "search"
@@ -46,6 +47,7 @@ class GptqConfig:
     damping: float = 0.01
     act_order: bool = True
     correction: float = 0.0
+    sweeps: int = 0
 
     def __post_init__(self) -> None:
         check_importance(self.importance)
@@ -53,11 +55,10 @@ class GptqConfig:
             raise InputError(f"damping = {self.damping:g} is not a share of the mean diagonal; use 0 to 100.")
         if not 0.0 <= self.correction <= 1.0:
             raise InputError(f"correction = {self.correction:g} is not a share between 0 (none) and 1 (full).")
+        if not 0 <= self.sweeps <= 1000:
+            raise InputError(f"sweeps = {self.sweeps} is not a number of sweeps; use 0 (none) to 1000.")
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"range": ("search", "minmax")}
-
-
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,6 @@ class SignroundConfig:
         ranges: learn the ranges too, not only the rounding.
         accumulate: batches (of ``calibration.batch_size`` sequences) an update sums.
         check_every: updates between two looks at the fixed batches that decide which step is best.
-        precision: of the block's products, ``"float32"``, ``"bfloat16"``, or ``"auto"``: what the device is made for.
         patience: looks without a new best after which a block ends early; null = never.
     """
 
@@ -81,10 +81,7 @@ class SignroundConfig:
     ranges: bool = True
     accumulate: int = 1
     check_every: int = 25
-    precision: str = "auto"
     patience: int | None = None
-
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"precision": PRECISIONS}
 
     def __post_init__(self) -> None:
         if not 0 <= self.steps <= 1_000_000:
@@ -108,8 +105,7 @@ class BitfloorConfig:
         rate: first step of the rounding, in steps of the grid; falls linearly to zero. The scales' factors take steps
             of half that size.
         suppress: share of the largest squared errors of a batch that its loss leaves out.
-        importance, static_groups, damping, correction: of the start, see :class:`GptqConfig`.
-        precision: see :class:`SignroundConfig`.
+        importance, static_groups, damping, correction, sweeps: of the start, see :class:`GptqConfig`.
     """
 
     steps: int = 100
@@ -119,9 +115,7 @@ class BitfloorConfig:
     static_groups: bool = True
     damping: float = 0.01
     correction: float = 0.5
-    precision: str = "auto"
-
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"precision": PRECISIONS}
+    sweeps: int = 2
 
     def __post_init__(self) -> None:
         SignroundConfig(steps=self.steps, rate=self.rate)
@@ -132,7 +126,9 @@ class BitfloorConfig:
     @property
     def start(self) -> GptqConfig:
         """The start's options."""
-        return GptqConfig("search", self.importance, self.static_groups, self.damping, True, self.correction)
+        return GptqConfig(
+            "search", self.importance, self.static_groups, self.damping, True, self.correction, self.sweeps
+        )
 
 
 OPTIONS: dict[str, type[Any]] = {

@@ -25,6 +25,7 @@ class Rtn:
     paper: ClassVar[str] = "folklore; weighted search after SignRoundV2 (arXiv 2512.04746), section on initial scales"
     summary: ClassVar[str] = "nearest code on the best grid; seconds per model"
     Config: ClassVar[type[RtnConfig]] = RtnConfig
+    learnt_bytes: ClassVar[int] = 0
 
     def __init__(self, config: RtnConfig) -> None:
         self.config = config
@@ -34,7 +35,12 @@ class Rtn:
         return frozenset({Need.INPUTS}) if self.config.range == "search" else frozenset()
 
     def quantize_block(
-        self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], exact: Batches = ()
+        self,
+        block: Block,
+        inputs: Batches,
+        specs: Mapping[str, QuantSpec],
+        exact: Batches = (),
+        targets: Batches = (),
     ) -> BlockResult:
         """See :class:`bitfloor.methods.base.Method`. All inputs are observed in one pass of the float block."""
         moments = self._moments(block, inputs, specs) if self.config.range == "search" else {}

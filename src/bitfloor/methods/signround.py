@@ -10,7 +10,7 @@ from bitfloor.core.affine import pack
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need
-from bitfloor.methods.learning import learn_block
+from bitfloor.methods.learning import learn_block, learning_of
 from bitfloor.methods.options import SignroundConfig
 from bitfloor.solvers.block_opt import Schedule
 from bitfloor.solvers.signround import SignRound
@@ -30,6 +30,8 @@ class Signround:
     paper: ClassVar[str] = "SignRound, arXiv 2309.05516"
     summary: ClassVar[str] = "rounding and ranges learned by signed gradient descent, block by block; an hour per model"
     Config: ClassVar[type[SignroundConfig]] = SignroundConfig
+    # shift, fake-quantized weight, its gradient, what that is summed from; code of the best step
+    learnt_bytes: ClassVar[int] = 17
     min_bits: ClassVar[int] = 2
 
     def __init__(self, config: SignroundConfig) -> None:
@@ -37,10 +39,15 @@ class Signround:
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({Need.INPUTS, Need.EXACT, Need.GRADIENTS})
+        return frozenset({Need.INPUTS, Need.TARGETS, Need.GRADIENTS})
 
     def quantize_block(
-        self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], exact: Batches = ()
+        self,
+        block: Block,
+        inputs: Batches,
+        specs: Mapping[str, QuantSpec],
+        exact: Batches = (),
+        targets: Batches = (),
     ) -> BlockResult:
         """See :class:`bitfloor.methods.base.Method`."""
         result = BlockResult()
@@ -57,8 +64,9 @@ class Signround:
             check_every=config.check_every,
             patience=config.patience,
         )
-        outcome = learn_block(block, inputs, exact, learnt, schedule, config.precision)
+        outcome = learn_block(block, inputs, targets, learnt, schedule)
         seconds = (time.perf_counter() - began) / len(specs)
+        result.learning = learning_of(outcome)
         for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
             result.weights[name] = pack(codes, grid)
             # What went wrong concerns the whole block; it is said once.

@@ -28,7 +28,7 @@ from bitfloor.core.errors import InputError
 SETTING = "BITFLOOR_KERNELS"
 REFERENCE = "reference"
 FOLDER = Path(__file__).resolve().parent
-ABI = 1  # of csrc/rounding.cpp: raised with every change of a signature or of a value
+ABI = 2  # of csrc/common.h: raised with every change of a signature or of a value
 WEIGHTS_PER_THREAD = 1 << 18  # a thread costs what tens of thousands of weights do
 
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -37,11 +37,15 @@ SIGNATURES = {
     "bitfloor_fake_quantize": (*(POINTER,) * 5, *SIZES),
     "bitfloor_codes": (*(POINTER,) * 5, *SIZES),
     "bitfloor_sign_step": (*(POINTER,) * 5, ctypes.c_float, *(POINTER,) * 2, *SIZES),
+    "bitfloor_gptq_columns": ((POINTER,) * 7 + (INTEGER,) * 4),
+    "bitfloor_descend_columns": (*(POINTER,) * 6, ctypes.c_float, *(INTEGER,) * 4),
+    "bitfloor_best_grid": (*(POINTER,) * 5, INTEGER, *(POINTER,) * 3, *(INTEGER,) * 5),
+    "bitfloor_fit_sums": ((POINTER,) * 7 + (INTEGER,) * 4),
 }
 
 
 class Library:
-    """The functions of :mod:`bitfloor.ops.rounding_reference`, in native code, for dense tensors on the CPU.
+    """The functions of the references beside it in native code, for dense tensors on the CPU.
 
     Args:
         library: a library whose number was checked.
@@ -97,6 +101,59 @@ class Library:
         over_rows(rows, weight)
         return towards, clipped
 
+    def gptq_columns(
+        self, work: Tensor, local: Tensor, scale: Tensor, shift: Tensor, tops: Tensor, codes: Tensor, errors: Tensor
+    ) -> None:
+        """Fix the columns ``work [n, O]``; writes ``codes`` and ``errors``."""
+        pointers = _pointers(work, local, scale, shift, tops, codes, errors)
+
+        def rows(first: int, last: int) -> None:
+            self._library.bitfloor_gptq_columns(*pointers, first, last, *work.shape)
+
+        over_rows(rows, work.T)
+
+    def descend_columns(
+        self, codes: Tensor, slope: Tensor, error: Tensor, local: Tensor, pivots: Tensor, scale: Tensor, top: float
+    ) -> None:
+        """Look at the columns ``codes [n, O]`` once, in place."""
+        pointers = _pointers(codes, slope, error, local, pivots, scale)
+
+        def rows(first: int, last: int) -> None:
+            self._library.bitfloor_descend_columns(*pointers, top, first, last, *codes.shape)
+
+        over_rows(rows, codes.T)
+
+    def best_grid(
+        self,
+        weight: Tensor,
+        importance: Tensor,
+        tops: Tensor,
+        candidates: tuple[Tensor, Tensor],
+        best: tuple[Tensor, Tensor, Tensor],
+        group_size: int,
+    ) -> None:
+        """Put candidates ``[C, O, G]`` in the place of the best so far where they are better."""
+        given, found = _pointers(weight, importance, tops, *candidates), _pointers(*best)
+        count, (height, width) = candidates[0].shape[0], weight.shape
+
+        def rows(first: int, last: int) -> None:
+            self._library.bitfloor_best_grid(*given, count, *found, first, last, height, width, group_size)
+
+        over_rows(rows, weight)
+
+    def fit_sums(
+        self, weight: Tensor, importance: Tensor, tops: Tensor, scale: Tensor, zero: Tensor, group_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """``above`` and ``below`` ``[O, G]`` float32."""
+        above, below = torch.empty_like(scale), torch.empty_like(scale)
+        pointers = _pointers(weight, importance, tops, scale, zero, above, below)
+
+        def rows(first: int, last: int) -> None:
+            self._library.bitfloor_fit_sums(*pointers, first, last, weight.shape[1], group_size)
+
+        over_rows(rows, weight)
+        return above, below
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -125,6 +182,12 @@ def loaded() -> Loaded:
     return load(FOLDER)
 
 
+def library_for(*tensors: Tensor | None) -> Library | None:
+    """The library, if it is used and can take these tensors: dense ones on the CPU."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return loaded().library if all(part.device.type == "cpu" and part.is_contiguous() for part in given) else None
+
+
 @cache
 def load(folder: Path) -> Loaded:
     """Load the library from a folder, once."""
@@ -134,8 +197,8 @@ def load(folder: Path) -> Loaded:
     again = f"install bitfloor again to replace {paths[0].name}"
     try:
         library = ctypes.CDLL(str(paths[0]))
-        library.bitfloor_rounding_abi.restype = INTEGER
-        found = library.bitfloor_rounding_abi()
+        library.bitfloor_abi.restype = INTEGER
+        found = library.bitfloor_abi()
         if found != ABI:
             return Loaded(None, f"it was built from another version (its number is {found}, not {ABI}); {again}")
         return Loaded(Library(library))

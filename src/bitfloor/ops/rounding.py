@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitfloor.ops import rounding_reference as reference
-from bitfloor.ops.native import Library, loaded
+from bitfloor.ops.native import library_for
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def fake_quantize(
     """
     _check(weight, scale, zero, bits, group_size, shift=shift, out=out)
     out = torch.empty_like(weight) if out is None else out
-    library = _library(weight, shift, scale, zero, out)
+    library = library_for(weight, shift, scale, zero, out)
     if library is None:
         reference.fake_quantize(weight, shift, scale, zero, bits, group_size, out)
     else:
@@ -62,7 +62,7 @@ def codes(weight: Tensor, shift: Tensor | None, scale: Tensor, zero: Tensor, bit
     """
     _check(weight, scale, zero, bits, group_size, shift=shift)
     out = torch.empty_like(weight, dtype=torch.uint8)
-    library = _library(weight, shift, scale, zero, out)
+    library = library_for(weight, shift, scale, zero, out)
     if library is None:
         reference.codes(weight, shift, scale, zero, bits, group_size, out)
     else:
@@ -100,16 +100,10 @@ def sign_step(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     _check(weight, scale, zero, bits, group_size, shift=shift, grad=grad)
-    library = _library(weight, shift, scale, zero, grad)
+    library = library_for(weight, shift, scale, zero, grad)
     if library is None:
         return reference.sign_step(weight, shift, scale, zero, grad, rate, bits, group_size)
     return library.sign_step(weight, shift, scale, zero, grad, rate, bits, group_size)
-
-
-def _library(*tensors: Tensor | None) -> Library | None:
-    """The native library, if it can take these tensors."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return loaded().library if all(part.device.type == "cpu" and part.is_contiguous() for part in given) else None
 
 
 def _check(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, **matrices: Tensor | None) -> None:

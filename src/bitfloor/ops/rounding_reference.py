@@ -35,7 +35,7 @@ def fake_quantize(
     weight: Tensor, shift: Tensor | None, scale: Tensor, zero: Tensor, bits: int, group_size: int, out: Tensor
 ) -> None:
     """Write ``w_hat`` to ``out`` ``[O, I]`` float32."""
-    for rows in _chunks(weight):
+    for rows in chunks(weight):
         code, _ = _rounded(weight, shift, scale, zero, bits, group_size, rows)
         out[rows] = _flat(code.sub_(zero[rows, :, None]).mul_(scale[rows, :, None]), weight.shape[1])
 
@@ -44,7 +44,7 @@ def codes(
     weight: Tensor, shift: Tensor | None, scale: Tensor, zero: Tensor, bits: int, group_size: int, out: Tensor
 ) -> None:
     """Write ``c`` to ``out`` ``[O, I]`` uint8."""
-    for rows in _chunks(weight):
+    for rows in chunks(weight):
         code, _ = _rounded(weight, shift, scale, zero, bits, group_size, rows)
         out[rows] = _flat(code, weight.shape[1]).to(torch.uint8)
 
@@ -62,12 +62,12 @@ def sign_step(
     """Move ``shift`` in place, if there is one; returns ``towards`` and ``clipped`` ``[O, G]`` float32."""
     towards, clipped = torch.empty_like(scale), torch.empty_like(scale)
     nothing = weight.new_zeros(())
-    for rows in _chunks(weight):
+    for rows in chunks(weight):
         wide = scale[rows, :, None]
         code, inside = _rounded(weight, shift, scale, zero, bits, group_size, rows)
-        gradient = _groups(grad[rows], group_size)
+        gradient = groups_of(grad[rows], group_size)
         # Selected rather than multiplied with: w / s is infinite where a range has shrunk to nothing.
-        exact = torch.where(inside, _groups(weight[rows], group_size) / wide, nothing)
+        exact = torch.where(inside, groups_of(weight[rows], group_size) / wide, nothing)
         towards[rows] = lane_sum(code.sub_(zero[rows, :, None]).sub_(exact).mul_(gradient))
         clipped[rows] = lane_sum(torch.where(inside, nothing, -gradient))
         if shift is not None:
@@ -78,7 +78,7 @@ def sign_step(
 
 def lane_sum(values: Tensor) -> Tensor:
     """The sum over the last dimension, ``[..., n]`` to ``[...]``, in the order the kernel adds."""
-    blocks = _groups(values, LANES)
+    blocks = groups_of(values, LANES)
     lanes = torch.zeros_like(blocks[..., 0, :])
     for k in range(blocks.shape[-2]):
         lanes += blocks[..., k, :]
@@ -95,15 +95,15 @@ def _rounded(
     """``c`` of some rows as float32 ``[rows, G, g]``, and where it was not clamped (bool)."""
     top = float((1 << bits) - 1)
     wide = scale[rows, :, None]
-    code = (_groups(weight[rows], group_size) + zero[rows, :, None] * wide).div_(wide)
+    code = (groups_of(weight[rows], group_size) + zero[rows, :, None] * wide).div_(wide)
     if shift is not None:
-        code += _groups(shift[rows], group_size)
+        code += groups_of(shift[rows], group_size)
     code.round_()
     inside = (code >= 0.0) & (code <= top)
     return code.clamp_(0.0, top), inside
 
 
-def _groups(values: Tensor, size: int) -> Tensor:
+def groups_of(values: Tensor, size: int) -> Tensor:
     """``[..., I]`` as ``[..., G, g]``, a short last group padded with zeros."""
     count = -(-values.shape[-1] // size)
     padded = torch.nn.functional.pad(values, (0, count * size - values.shape[-1]))
@@ -115,6 +115,7 @@ def _flat(groups: Tensor, columns: int) -> Tensor:
     return groups.flatten(1)[:, :columns]
 
 
-def _chunks(weight: Tensor) -> Iterator[slice]:
+def chunks(weight: Tensor) -> Iterator[slice]:
+    """Ranges of rows that are treated at once."""
     rows = max(1, CHUNK // max(1, weight.shape[1]))
     return (slice(begin, begin + rows) for begin in range(0, weight.shape[0], rows))

@@ -77,6 +77,7 @@ def make_report(
         for name, report in part["reports"].items():
             matrices[name] = {
                 "block_error": part["block_error"],
+                "learning": part.get("learning"),
                 "output_error": report["output_error"],
                 "note": report["note"],
             }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from bitfloor.core.errors import InputError
@@ -28,6 +29,7 @@ class Job:
         recipe: the resolved recipe as plain data, stored with the result.
         recipe_name: its name.
         recipe_sha256: hash of everything in it that decides the outcome.
+        products: type in which the blocks' matrices are multiplied while the calibration text goes through them.
     """
 
     method: Method
@@ -37,6 +39,7 @@ class Job:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recipe_name: str = ""
     recipe_sha256: str = ""
+    products: torch.dtype = torch.float32
 
 
 class ModelShape(Protocol):

@@ -13,6 +13,7 @@ from bitfloor.methods.base import Need
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.ends import ROWS
 from bitfloor.pipeline.job import Assignment, Job, assign, check_loadable
+from bitfloor.pipeline.run import CHECKED
 from bitfloor.pipeline.sizes import matrix_bytes, parameter_sizes, size_summary, stored_bytes
 
 FLOAT = 4
@@ -29,9 +30,6 @@ SOLVER_COPIES = 4
 # many again that the allocator has not found a new use for.
 HIDDEN_COPIES = 12
 WIDEST_COPIES = 6
-# Bytes of a weight that is learned: shift, fake-quantized weight, its gradient and what the gradient is summed from in
-# float32, and the code of the best step.
-LEARNT_BYTES = 4 * FLOAT + 1
 # As above, for a forward whose intermediate results are kept for the way back.
 KEPT_HIDDEN_COPIES = 16
 KEPT_WIDEST_COPIES = 5
@@ -133,13 +131,16 @@ def peak_memory(
     if data is not None:
         sequences, seqlen, batch = data
         batch = min(batch, sequences)
-        streams = 2 * FLOAT * hidden * seqlen * (batch if spill else sequences)
+        needs = job.method.needs
+        # The quantized model's, the float model's, and the float block's outputs beside its inputs if both are needed.
+        sides = len({Need.EXACT, Need.TARGETS} & needs)
+        compared = sides * sequences if sides else min(CHECKED * batch, sequences)
+        streams = FLOAT * hidden * seqlen * (batch * (1 + max(sides, 1)) if spill else sequences + compared)
         widest = max((max(ref.shape) for ref in source.map.matrices), default=hidden)
         moving = FLOAT * batch * seqlen * (HIDDEN_COPIES * hidden + WIDEST_COPIES * widest)
-        if Need.GRADIENTS in job.method.needs:
+        if Need.GRADIENTS in needs:
             kept = FLOAT * batch * seqlen * (KEPT_HIDDEN_COPIES * hidden + KEPT_WIDEST_COPIES * widest)
-            # The float block's outputs are held in memory wherever the streams are.
-            learning = LEARNT_BYTES * _largest_block(assignment) + kept + FLOAT * hidden * seqlen * sequences
+            learning = job.method.learnt_bytes * _largest_block(assignment) + kept
     # A block: its weights in float32, and once more dequantized, or what learns them.
     weights = FLOAT * max(blocks, default=0)
     block = weights + max(learning, weights + max(moving, _solver_memory(source, job, assignment)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from bitfloor.calib.capture import Call, capture
 from bitfloor.calib.streams import Stream
 from bitfloor.core.errors import BitfloorError
 from bitfloor.core.heap import trim_heap
+from bitfloor.core.linalg import all_finite
 from bitfloor.core.packed import dequantize
 from bitfloor.formats import native
 from bitfloor.methods.base import Batches, BlockResult, Need
@@ -24,6 +25,9 @@ from bitfloor.pipeline.ends import decode_table, make_ends
 from bitfloor.pipeline.events import Event, Progress, silent
 from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.journal import ENDS, Entry, Journal, part_name
+
+# Batches that go through the float model too, for the reported error of each block, where the method needs none there.
+CHECKED = 2
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Run:
         self._calls: Sequence[Sequence[Call]] = ()
         self._float: Stream | None = None
         self._quantized: Stream | None = None
+        self._targets: Stream | None = None
         self._streams: list[Stream] = []  # whatever was opened, to be closed however the run ends
 
     def execute(self) -> None:
@@ -121,18 +126,19 @@ class Run:
         source.load_outer(device, head=False)
         try:
             batches = [batch.to(device) for batch in self.batches]
-            captured = capture(source.skeleton, source.map.blocks_path, batches, self._new_stream("float"))
-            self._calls, self._float = captured.calls, captured.hidden
-            embedding = source.map.embedding
+            whole = {Need.EXACT, Need.TARGETS} & self.job.method.needs
+            compared = batches if whole else batches[:CHECKED]
+            path, embedding = source.map.blocks_path, source.map.embedding
             if embedding is not None and embedding.name in self.assignment.specs:
+                self._float = capture(source.skeleton, path, compared, self._new_stream("float")).hidden
                 table = source.skeleton.get_parameter(embedding.param)
                 decode_table(self.journal.get(ENDS), embedding.name, table)
-                again = capture(source.skeleton, source.map.blocks_path, batches, self._new_stream("quantized"))
-                self._quantized = again.hidden
-            else:
-                self._quantized = self._new_stream("quantized")
-                for batch in self._float:
-                    self._quantized.append(batch)
+            captured = capture(source.skeleton, path, batches, self._new_stream("quantized"))
+            self._calls, self._quantized = captured.calls, captured.hidden
+            if self._float is None:
+                self._float = self._new_stream("float")
+                for batch, _ in zip(self._quantized, compared, strict=False):
+                    self._float.append(batch)
         finally:
             source.release_outer()
 
@@ -146,7 +152,9 @@ class Run:
     def _open(self, k: int) -> tuple[nn.Module, BlockRunner]:
         module = self.source.load_block(k, self.options.device)
         calls = list(self._calls[k]) if self._calls else []
-        return module, BlockRunner(module, self.source.map.block_path(k), self.source.map.block_matrices(k), calls)
+        return module, BlockRunner(
+            module, self.source.map.block_path(k), self.source.map.block_matrices(k), calls, self.job.products
+        )
 
     def _make(self, k: int) -> None:
         """Quantize block ``k`` and journal it."""
@@ -155,17 +163,42 @@ class Run:
         try:
             specs = self.assignment.of_block(k)
             inputs: Batches = self._quantized if self._quantized is not None else ()
-            wanted = Need.EXACT in self.job.method.needs
-            exact: Batches = self._float if wanted and self._float is not None else ()
-            result = self.job.method.quantize_block(runner, inputs, specs, exact)
+            exact, targets = self._float_sides(runner)
+            result = self.job.method.quantize_block(runner, inputs, specs, exact, targets)
             absent = sorted(set(specs) - set(result.weights))
             if absent:
                 raise BitfloorError(f"the method {self.job.method.name} returned nothing for {absent[0]}.")
             trim_heap()
-            error = self._advance(runner, {name: dequantize(w) for name, w in result.weights.items()})
+            dense = {name: dequantize(w) for name, w in result.weights.items()}
+            error = self._advance(runner, dense, targets or None)
             self.journal.put(part_name(k), self._entry(k, result, error, time.perf_counter() - began))
         finally:
             self.source.release_block(k)
+
+    def _float_sides(self, runner: BlockRunner) -> tuple[Batches, Batches]:
+        """The block's inputs and outputs in the float model, as far as the method needs them.
+
+        Outputs take the place of the inputs unless both are needed.
+        """
+        needs = self.job.method.needs
+        if self._float is None:
+            return (), ()
+        exact: Batches = self._float if Need.EXACT in needs else ()
+        if Need.TARGETS not in needs:
+            return exact, ()
+        if Need.EXACT not in needs:
+            for i in range(len(self._float)):
+                self._float[i] = runner.forward(self._float[i], i)
+            return (), self._float
+        if self._targets is None:
+            self._targets = self._new_stream("targets")
+        for i, x in enumerate(self._float):
+            made = runner.forward(x, i)
+            if i < len(self._targets):
+                self._targets[i] = made
+            else:
+                self._targets.append(made)
+        return exact, self._targets
 
     def _replay(self, k: int) -> None:
         """Move the streams through a block that an earlier run finished."""
@@ -180,8 +213,15 @@ class Run:
         finally:
             self.source.release_block(k)
 
-    def _advance(self, runner: BlockRunner, weights: Mapping[str, Tensor]) -> float | None:
+    def _advance(
+        self, runner: BlockRunner, weights: Mapping[str, Tensor], targets: Batches | None = None
+    ) -> float | None:
         """Replace both streams by the block's outputs.
+
+        Args:
+            runner: the float block.
+            weights: its quantized matrices, dense.
+            targets: its outputs in the float model where they are known already.
 
         Returns:
             the relative squared error between them, None without streams.
@@ -190,13 +230,16 @@ class Run:
             return None
         above = below = 0.0
         replaced = runner.prepare(weights)
-        for i in range(len(self._float)):
-            exact = runner.forward(self._float[i], i)
+        for i in range(len(self._quantized)):
             found = runner.forward(self._quantized[i], i, replaced)
-            above += float((found - exact).square().sum(dtype=torch.float64))
-            below += float(exact.square().sum(dtype=torch.float64))
-            self._float[i] = exact
             self._quantized[i] = found
+            if i < len(self._float):
+                exact = runner.forward(self._float[i], i) if targets is None else targets[i]
+                self._float[i] = exact
+                above += float((found - exact.to(found.device)).square().sum(dtype=torch.float64))
+                below += float(exact.square().sum(dtype=torch.float64))
+            elif not all_finite(found):
+                above = float("nan")
         if not below < float("inf") or not above < float("inf"):
             raise BitfloorError(
                 f"the block of {runner.names[0]} gives NaN or infinite outputs on the calibration text; "
@@ -226,7 +269,13 @@ class Run:
                 self._tell("note", message=f"{name}: {report.note}")
         return Entry(
             {name: tensor.cpu() for name, tensor in tensors.items()},
-            {"layouts": layouts, "reports": reports, "block_error": error, "seconds": seconds},
+            {
+                "layouts": layouts,
+                "reports": reports,
+                "learning": None if result.learning is None else asdict(result.learning),
+                "block_error": error,
+                "seconds": seconds,
+            },
         )
 
     # -- telling -------------------------------------------------------------------------------------------------

@@ -134,6 +134,7 @@ class CalibrationPart(_Part):
     batch_size: Count = Field(default=8, description="a positive number of sequences")
     mode: Literal["documents", "packed", "auto"] = Field(default="auto", description="documents, packed or auto")
     min_chars: Annotated[int, Field(ge=0)] = Field(default=1500, description="a number of characters of 0 or more")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto, float32 or bfloat16")
 
 
 class Decision(NamedTuple):

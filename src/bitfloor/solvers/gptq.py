@@ -27,7 +27,7 @@ the factor is obtained in float64; damping is raised tenfold, and reported, when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,7 @@ from bitfloor.core.affine import Grid, join_groups
 from bitfloor.core.errors import BitfloorError
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.linalg import all_finite, inverse_factor
+from bitfloor.ops.sweeps import gptq_columns
 
 BLOCK = 128
 
@@ -183,20 +184,11 @@ class _Sweep:
             last = min(first + BLOCK, end)
             own = groups[first - begin : last - begin]
             # One row per column, so that the loop reads and writes contiguous memory.
-            self._block(first, last, scales[own].contiguous(), shifts[own].contiguous(), tops[own].tolist())
+            self._block(first, last, scales[own].contiguous(), shifts[own].contiguous(), tops[own].contiguous())
 
-    def _block(self, first: int, last: int, scale: Tensor, shift: Tensor, limits: Sequence[float]) -> None:
+    def _block(self, first: int, last: int, scale: Tensor, shift: Tensor, tops: Tensor) -> None:
         block = self.work[:, first:last].T.contiguous()  # [block, O]
-        local = self.factor[first:last, first:last]
-        pivots = local.diagonal().tolist()
-        errors = torch.empty_like(block)
-        for j in range(last - first):
-            column = block[j]
-            code = torch.sub(column, shift[j]).div_(scale[j]).round_().clamp_(0.0, limits[j])
-            self.codes[:, first + j] = code.to(torch.uint8)
-            error = errors[j]
-            torch.sub(column, code.mul_(scale[j]).add_(shift[j]), out=error).div_(pivots[j])
-            if j + 1 < last - first:
-                block[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1.0)
+        codes, errors = gptq_columns(block, self.factor[first:last, first:last].contiguous(), scale, shift, tops)
+        self.codes[:, first:last] = codes.T
         if last < self.work.shape[1]:
             self.work[:, last:].addmm_(errors.T, self.factor[first:last, last:], alpha=-1.0)

@@ -20,6 +20,7 @@ from torch import Tensor
 from bitfloor.core.affine import Grid, stored, stored_scale
 from bitfloor.core.errors import InputError
 from bitfloor.core.spec import BITS, QuantSpec
+from bitfloor.ops.search import best_grid, fit_sums
 
 CHUNK = 1 << 19  # weights treated at once: the working set of the search then stays within a few megabytes
 COARSE = (1.0, 0.92, 0.85, 0.78, 0.71, 0.64, 0.57, 0.5, 0.42, 0.34, 0.25, 0.17)
@@ -86,7 +87,9 @@ def search_grid(weight: Tensor, importance: Tensor | None, spec: QuantSpec, bits
         groups = grouped(part.float(), size)
         scale, zero = _minmax(groups, widths, spec.symmetric, dtype)
         if importance is not None:
-            scale, zero = _search(groups, weights, widths, (scale, zero), spec.symmetric, dtype)
+            counted = weights.flatten()[:columns].contiguous()
+            dense = part.float().contiguous()
+            scale, zero = _search(dense, counted, widths, (scale, zero), spec.symmetric, dtype, size)
         if offset_form:
             levels, low = _two_levels(groups, valid, None if importance is None else weights, dtype)
             zero = torch.where(widths == 1, low, stored(-zero * scale, dtype))
@@ -130,40 +133,32 @@ def _minmax(groups: Tensor, widths: Tensor, symmetric: bool, dtype: torch.dtype)
     return scale, torch.round(-low / scale).clamp_min(0.0).minimum(top)
 
 
-def _error(groups: Tensor, weights: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted error ``[O, G]`` of rounding onto ``(scale, zero)``, and the centred codes ``q - z`` ``[O, G, g]``."""
-    zero = zero.unsqueeze(-1)
-    code = torch.round(groups / scale.unsqueeze(-1)).add_(zero).clamp_min_(0.0).minimum(top).sub_(zero)
-    return ((groups - code * scale.unsqueeze(-1)).square_() * weights).sum(-1), code
-
-
 def _search(
-    groups: Tensor,
-    weights: Tensor,
+    weight: Tensor,
+    importance: Tensor,
     widths: Tensor,
     start: tuple[Tensor, Tensor],
     symmetric: bool,
     dtype: torch.dtype,
+    size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Improve ``start`` on every group; the result is never worse than it."""
-    top = ((torch.ones_like(widths) << widths).float() - 1).unsqueeze(-1)
-    best_scale, best_zero = start
-    best, _ = _error(groups, weights, best_scale, best_zero, top)
-    for scale, zero in _candidates(groups, widths, start, symmetric, dtype):
-        error, _ = _error(groups, weights, scale, zero, top)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    """Improve ``start`` on every group of dense float32 weights; the result is never worse than it."""
+    groups = grouped(weight, size)
+    tops = (torch.ones_like(widths) << widths).float() - 1
+    scale, zero = (part.clone(memory_format=torch.contiguous_format) for part in start)
+    best = (scale, zero, torch.full_like(scale, torch.inf))
+
+    def look(*candidates: tuple[Tensor, Tensor]) -> None:
+        scales, zeros = (torch.stack(part) for part in zip(*candidates, strict=True))
+        best_grid(weight, importance, tops, (scales, zeros), best, size)
+
+    look(start, *_candidates(groups, widths, start, symmetric, dtype))
     for _ in range(ROUNDS):
-        _, centred = _error(groups, weights, best_scale, best_zero, top)
-        fitted = _least_squares(groups, weights, centred, best_scale, dtype)
-        for step in (0.0,) if symmetric else (0.0, -1.0, 1.0):
-            zero = (best_zero + step).clamp_min(0.0).minimum(top.squeeze(-1))
-            error, _ = _error(groups, weights, fitted, zero, top)
-            better = error < best
-            best = torch.where(better, error, best)
-            best_scale, best_zero = torch.where(better, fitted, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+        above, below = fit_sums(weight, importance, tops, scale, zero, size)
+        fitted = stored_scale(torch.where(below > 0, above / below.clamp_min(1e-30), scale), dtype)
+        steps = (0.0,) if symmetric else (0.0, -1.0, 1.0)
+        look(*((fitted, (zero + step).clamp_min(0.0).minimum(tops)) for step in steps))
+    return scale, zero
 
 
 def _candidates(
@@ -186,13 +181,6 @@ def _candidates(
             scale = stored_scale(torch.where(span > 0, span, torch.ones_like(span)) / top, dtype)
             out.append((scale, torch.round(-cut_low / scale).clamp_min(0.0).minimum(top)))
     return out
-
-
-def _least_squares(groups: Tensor, weights: Tensor, centred: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale that minimises the weighted error for fixed centred codes; the old one where they are all zero."""
-    above = (weights * groups * centred).sum(-1)
-    below = (weights * centred.square()).sum(-1)
-    return stored_scale(torch.where(below > 0, above / below.clamp_min(1e-30), scale), dtype)
 
 
 def _two_levels(groups: Tensor, valid: Tensor, weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,29 @@ def test_hessian_takes_half_precision_rows_exactly() -> None:
     assert torch.equal(one.total, other.total)
 
 
+@pytest.mark.parametrize("columns", [1, 127, 128, 129, 300, 1000])
+def test_a_hessian_summed_in_panels_is_whole_and_symmetric(columns: int) -> None:
+    x = torch.randn(40, columns, generator=torch.Generator().manual_seed(1))
+    total = HessianSum(columns)
+    total.add(x[:30])
+    assert torch.equal(total.total, total.total.T)
+    total.add(x[30:])
+    expected = x.double().T @ x.double()
+    assert torch.equal(total.total, total.total.T)
+    assert torch.allclose(total.total.double(), expected, rtol=0, atol=2e-4)
+
+
+def test_drift_in_bfloat16_is_rounded_and_no_more() -> None:
+    exact, seen = rows(), rows() + 0.1 * rows().flip(1)
+    plain, rounded = DriftSum(7), DriftSum(7, products=torch.bfloat16)
+    for total in (plain, rounded):
+        total.add(exact, seen)
+    assert rounded.total.dtype == torch.float32 and not torch.equal(plain.total, rounded.total)
+    # Three roundings of relative size 2^-9: two factors and the product.
+    limit = 3 * 2**-9 * float((exact - seen).abs().T.matmul(seen.abs()).max())
+    assert torch.allclose(plain.total, rounded.total, rtol=0, atol=limit)
+
+
 def test_drift_of_pieces_is_the_cross_product() -> None:
     exact, seen = rows(), rows() + 0.1 * rows().flip(1)
     total = DriftSum(7)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from unit.methods.test_signround import block_error, same
-from unit.methods.toy_block import ToyBlock, batches
+from unit.methods.toy_block import ToyBlock, batches, outputs
 
 from bitfloor.core.affine import pack
 from bitfloor.core.errors import InputError
@@ -23,14 +23,16 @@ DRIFTED = [0.9 * x for x in INPUTS]
 
 
 def run(specs: dict[str, QuantSpec], block: ToyBlock | None = None, **options: Any) -> BlockResult:
-    return Bitfloor(BitfloorConfig(**options)).quantize_block(block or ToyBlock(), DRIFTED, specs, INPUTS)
+    block = block or ToyBlock()
+    method = Bitfloor(BitfloorConfig(**options))
+    return method.quantize_block(block, DRIFTED, specs, INPUTS, outputs(block, INPUTS))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_without_steps_it_is_gptq_and_steps_come_nearer(bits: int, symmetric: bool) -> None:
     specs = {name: QuantSpec(bits, 8, symmetric) for name in NAMES}
-    start = Gptq(GptqConfig(correction=0.5)).quantize_block(ToyBlock(), DRIFTED, specs, INPUTS)
+    start = Gptq(GptqConfig(correction=0.5, sweeps=2)).quantize_block(ToyBlock(), DRIFTED, specs, INPUTS)
     assert same(run(specs, steps=0), start)
     learned = run(specs, rate=5e-3 if bits < 8 else 1e-5)
     errors = [block_error(ToyBlock(), result, DRIFTED, INPUTS) for result in (learned, start)]
@@ -50,7 +52,7 @@ def test_codes_and_grid_are_those_that_were_packed(spec: QuantSpec) -> None:
 
 
 def test_needs_follow_the_options() -> None:
-    assert Bitfloor(BitfloorConfig()).needs == {Need.INPUTS, Need.EXACT, Need.HESSIAN, Need.GRADIENTS}
+    assert Bitfloor(BitfloorConfig()).needs == {Need.INPUTS, Need.EXACT, Need.HESSIAN, Need.TARGETS, Need.GRADIENTS}
     fast = BitfloorConfig(steps=0, correction=0.0)
     assert Bitfloor(fast).needs == {Need.INPUTS, Need.HESSIAN}
 

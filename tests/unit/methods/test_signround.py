@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from unit.methods.toy_block import ToyBlock, batches
+from unit.methods.toy_block import ToyBlock, batches, outputs
 
 from bitfloor.core.errors import InputError
 from bitfloor.core.packed import dequantize
@@ -23,7 +23,7 @@ NAMES = ("a", "b", "c")
 
 def learn(block: ToyBlock, inputs: Batches, specs: Mapping[str, QuantSpec], **options: Any) -> BlockResult:
     """SignRound with the float model's inputs equal to the quantized model's."""
-    return Signround(SignroundConfig(**options)).quantize_block(block, inputs, specs, inputs)
+    return Signround(SignroundConfig(**options)).quantize_block(block, inputs, specs, (), outputs(block, list(inputs)))
 
 
 def block_error(block: ToyBlock, result: BlockResult, inputs: Batches, targets: Batches | None = None) -> float:
@@ -60,9 +60,9 @@ def test_it_aims_at_the_float_models_output_from_the_quantized_models_input() ->
     drifted = [0.8 * x for x in exact]
     specs = {name: QuantSpec(4, 8) for name in NAMES}
     method = Signround(SignroundConfig(steps=60, rate=0.05))
-    assert method.needs == {Need.INPUTS, Need.EXACT, Need.GRADIENTS}
-    aimed = method.quantize_block(block, drifted, specs, exact)
-    kept = method.quantize_block(block, drifted, specs, drifted)
+    assert method.needs == {Need.INPUTS, Need.TARGETS, Need.GRADIENTS}
+    aimed = method.quantize_block(block, drifted, specs, (), outputs(block, exact))
+    kept = method.quantize_block(block, drifted, specs, (), outputs(block, drifted))
     assert block_error(block, aimed, drifted, exact) < 0.9 * block_error(block, kept, drifted, exact)
 
 

@@ -27,7 +27,7 @@ def test_options_are_few_frozen_and_start_at_an_allowed_choice(name: str) -> Non
     assert len(fields(config)) <= 8
     with pytest.raises(FrozenInstanceError):
         config.range = "other"
-    for option, allowed in config.CHOICES.items():
+    for option, allowed in getattr(config, "CHOICES", {}).items():
         assert getattr(config, option) in allowed
 
 

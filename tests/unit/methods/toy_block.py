@@ -28,6 +28,7 @@ class ToyBlock:
     def __init__(
         self, width: int = 24, hidden: int = 40, seed: int = 0, routes: list[int] | None = None, experts: int = 0
     ):
+        self.products = torch.float32
         generator = torch.Generator().manual_seed(seed)
 
         def matrix(rows: int, columns: int) -> Tensor:
@@ -95,6 +96,11 @@ class ToyBlock:
             if bool(chosen.any()):
                 out[chosen] += apply(f"down.{expert}", apply(f"up.{expert}", flat[chosen]).relu())
         return out.reshape(x.shape)
+
+
+def outputs(block: ToyBlock, inputs: list[Tensor]) -> list[Tensor]:
+    """What the float block makes of inputs, batch by batch."""
+    return [block.forward(x, 0) for x in inputs]
 
 
 def batches(count: int = 3, sequences: int = 2, tokens: int = 30, width: int = 24, seed: int = 1) -> list[Tensor]:

@@ -23,7 +23,7 @@ def placed(folder: Path, content: bytes = b"") -> Path:
 
 def saying(number: int) -> Callable[[str], SimpleNamespace]:
     """Stands for ``ctypes.CDLL``: a library with that number and no other function."""
-    return lambda path: SimpleNamespace(bitfloor_rounding_abi=lambda: number)
+    return lambda path: SimpleNamespace(bitfloor_abi=lambda: number)
 
 
 def test_nothing_built(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_library_without_the_functions(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_number_is_that_of_the_source() -> None:
-    source = Path(__file__).resolve().parents[3] / "csrc" / "rounding.cpp"
+    source = Path(__file__).resolve().parents[3] / "csrc" / "common.h"
     assert f"static const int64_t ABI = {native.ABI};" in source.read_text("utf-8")
 
 

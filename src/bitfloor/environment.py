@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none found by torch",
         "kernels": {
             "reference (torch)": "active",
-            "learned rounding (C++)": _rounding(),
+            "quantization (C++)": _rounding(),
             "cpu (C++)": "not in this version; packed weights are dequantized panel by panel with torch",
             "gpu (Triton)": "not in this version; packed weights are dequantized panel by panel with torch",
         },

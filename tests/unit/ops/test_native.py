@@ -57,7 +57,7 @@ def test_the_number_is_that_of_the_source() -> None:
 def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.SETTING, "reference")
     assert native.loaded() == native.Loaded(None, "BITFLOOR_KERNELS=reference is set")
-    assert environment()["kernels"]["learned rounding (C++)"] == (
+    assert environment()["kernels"]["quantization (C++)"] == (
         "not used: BITFLOOR_KERNELS=reference is set; torch computes the same values, more slowly"
     )
     monkeypatch.setenv(native.SETTING, "fast")
@@ -67,7 +67,7 @@ def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_environment_says_what_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(native.SETTING, raising=False)
-    said = environment()["kernels"]["learned rounding (C++)"]
+    said = environment()["kernels"]["quantization (C++)"]
     reason = native.load(native.FOLDER).reason
     assert said == "active" if not reason else said.startswith(f"not used: {reason}")
 

@@ -24,6 +24,9 @@ CONTESTS = (
     ("gptqmodel", "gptq-w{bits}g{group}"),
     ("auto-round", "signround-w{bits}g{group}+calibration.batch_size-4"),
     ("auto-round", "bitfloor-w{bits}g{group}"),
+    ("auto-round", "bitfloor-w{bits}g{group}+method.steps-0"),
+    ("auto-round", "bitfloor-w{bits}g{group}+sequences-64+method.steps-0"),
+    ("auto-round", "bitfloor-fast-w{bits}g{group}+sequences-32"),
 )
 SETTINGS = (
     "sym",
@@ -34,6 +37,7 @@ SETTINGS = (
     "damp_percent",
     "gptaq_alpha",
     "iters",
+    "lr",
     "enable_alg_ext",
 )
 
@@ -109,10 +113,13 @@ def _row(content: Mapping[str, Any], own: Any, key: str, peer: Mapping[str, Any]
     return {
         "ours": content["name"],
         "our_ppl": own.value,
+        "our_bits": content["bits_per_linear_weight"],
+        "our_cpu_seconds": content["quantization"]["cpu_seconds"],
         "peer": key,
         "peer_tool": f"{peer['tool']} {peer['versions'].get(peer['tool'], '')}".strip(),
         "peer_settings": {name: peer["settings"].get(name) for name in SETTINGS},
         "peer_bits": peer.get("bits_per_linear_weight"),
+        "peer_cpu_seconds": peer.get("process_cpu_seconds", peer.get("quantize_cpu_seconds")),
         "peer_ppl": other.value,
         "same_calibration_tokens": calibration.get("ids_sha256") == peer["calibration"]["ids_sha256"],
         **difference(own, other),

@@ -106,10 +106,17 @@ def peers(results: Results) -> str:
                 perplexity_cell(row["peer_ppl"]),
                 difference_cell(row),
                 "yes" if row["not_worse"] else "not shown",
+                cost_cell(row),
             ]
         )
     headings = ["", "bitfloor", "peer", "its settings", "its perplexity", "Δ nats/token, ours minus its [95%]"]
-    return markdown([*headings, "not worse"], rows)
+    return markdown([*headings, "not worse", "CPU-seconds, ours / its"], rows)
+
+
+def cost_cell(row: Mapping[str, Any]) -> str:
+    """What both took, and the quotient."""
+    ours, theirs = row["our_cpu_seconds"], row["peer_cpu_seconds"]
+    return f"{ours:.0f} / {theirs:.0f} = {ours / theirs:.2f}" if theirs else f"{ours:.0f} / -"
 
 
 def settings_cell(settings: Mapping[str, Any]) -> str:
@@ -120,6 +127,8 @@ def settings_cell(settings: Mapping[str, Any]) -> str:
     for name in ("mse", "gptaq_alpha", "damp_percent", "iters"):
         if settings.get(name):
             words.append(f"{name}={settings[name]:g}")
+    if settings.get("lr") and settings["lr"] != 1 / settings["iters"]:
+        words.append(f"lr={settings['lr']:g}")
     return ", ".join(words)
 
 

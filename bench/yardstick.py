@@ -32,6 +32,7 @@ CALIBRATION = "calib/c4_calibration.txt"
 # Name in the results, file, layout of it (docs/evaluation.md).
 TEXTS = (("wiki", "wikitext2/wiki.test.raw", "whole"), ("c4", "calib/c4_unseen.txt", "lines"))
 FLOAT = "float"
+SEQUENCES = 128
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,7 +53,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--seqlen", type=int, default=2048)
-    parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
+    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="calibration sequences")
     parser.add_argument("--calibration-seqlen", type=int, default=256)
     return parser.parse_args(argv)
 
@@ -72,6 +73,7 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
 def result_name(preset: str, args: argparse.Namespace) -> str:
     """File name of a result: the preset, and what was changed in it."""
     changes = [f"embedding{args.embedding_bits}"] if args.embedding_bits != 16 else []
+    changes += [f"sequences-{args.sequences}"] if args.sequences != SEQUENCES else []
     changes += [f"calibrated-on-{Path(args.calibration).name}"] if args.calibration else []
     changes += [change.replace("=", "-").replace("/", "-") for change in args.set]
     return "+".join([preset, *changes])

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
-MAPPED_FROM = 16 << 20
+MAPPED_FROM = 4 << 20
 """Bytes from which a tensor is a mapping of its own."""
 KEPT_ON_TOP = 64 << 20
 """Free bytes at the end of the heap that are kept for what comes next."""

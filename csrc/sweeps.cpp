@@ -51,7 +51,7 @@ INLINE void descend_strip(float* codes, float* slope, float* error, const float*
     float moved[STRIP];
     for (int64_t j = 0; j < columns; ++j) {
         const float pivot = pivots[j];
-        const float* __restrict g = slope + j * rows;
+        const float* g = slope + j * rows;  // changed below, through another pointer
         float* __restrict c = codes + j * rows;
         float* __restrict e = error + j * rows;
         bool any = false;

@@ -235,7 +235,7 @@ def make_job(recipe: Recipe, source: SourceModel, device: str = "cpu") -> Job:
         InputError: a layer rule that matches nothing, or a width the method does not know.
     """
     recipe.check_rules([ref.name for ref in source.map.matrices])
-    recipe = _settled(recipe, device)
+    settled = _settled(recipe, device)
     method = METHODS[recipe.method.name]
     _check_widths(recipe, source, getattr(method, "min_bits", 1))
     head = recipe.embedding if recipe.head.bits is None else recipe.head
@@ -244,16 +244,16 @@ def make_job(recipe: Recipe, source: SourceModel, device: str = "cpu") -> Job:
         decide=recipe.decide,
         embedding=_end_spec(recipe.embedding.bits, recipe.embedding.group_size, recipe),
         head=_end_spec(head.bits or 16, head.group_size, recipe),
-        recipe=recipe.content(),
+        recipe=settled.content(),
         recipe_name=recipe.name,
         recipe_sha256=recipe.sha256(),
-        products=product_type(recipe.calibration.precision, device),
+        products=product_type(settled.calibration.precision, device),
     )
 
 
 def _settled(recipe: Recipe, device: str) -> Recipe:
-    """With the type of products that ``precision: auto`` means on this device: it decides bytes, so it is hashed."""
-    dtype = product_type(recipe.calibration.precision, torch.device(device).type)
+    """With the type of products that ``precision: auto`` means on this device; a run's fingerprint holds it too."""
+    dtype = product_type(recipe.calibration.precision, device)
     chosen = recipe.calibration.model_copy(update={"precision": str(dtype).removeprefix("torch.")})
     return recipe.model_copy(update={"calibration": chosen})
 

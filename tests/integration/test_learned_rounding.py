@@ -88,7 +88,7 @@ def test_a_run_is_not_continued_with_products_of_another_type(
     with pytest.raises(KeyboardInterrupt):
         api.quantize(model, out, recipe, progress=stop)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    with pytest.raises(InputError, match="recipe was"):
+    with pytest.raises(InputError, match="products was float32 and is now bfloat16"):
         api.quantize(model, out, recipe)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)
     report = api.quantize(model, out, recipe)

@@ -133,7 +133,7 @@ def test_close_to_ties_every_operation_rounds_once(library: Library) -> None:
 
 
 def test_threads_change_nothing(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "WEIGHTS_PER_THREAD", 1)
+    monkeypatch.setattr(native, "WORK_PER_THREAD", 1)
     weight, shift, grad = matrices(13, 150, 0)
     scale, zero = grid("fractional", 13, 3, 3, 0)
     found = []

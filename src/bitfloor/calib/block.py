@@ -31,7 +31,8 @@ class BlockRunner:
         prefix: its path from the model root, ``"model.layers.3"``.
         refs: its quantizable matrices.
         calls: its captured arguments, one per batch.
-        products: type in which matrices are multiplied; norms, softmax and the residual stream stay float32.
+        products: type in which the quantizable matrices are multiplied. Other modules with a matrix (a router) are
+            computed in float32, and so are sums, softmax and the residual stream.
 
     Attributes:
         names: public names of the matrices, in module order.
@@ -53,6 +54,13 @@ class BlockRunner:
         self._calls = calls
         self._once: set[str] | None = None
         found: list[Any] = [getattr(part, "config", None) for part in module.modules()]
+        own = {id(module.get_parameter(local)) for local in self._local.values()}
+        self._others = [
+            part
+            for part in module.modules()
+            if any(value.dim() > 1 for value in part.parameters(recurse=False))
+            and not any(id(value) in own for value in part.parameters())
+        ]
         self._configs = list({id(c): c for c in found if hasattr(c, "_experts_implementation")}.values())
 
     def ref(self, name: str) -> MatrixRef:
@@ -264,8 +272,7 @@ class BlockRunner:
     def _run(self, x: Tensor, batch: int, replaced: Mapping[str, Tensor]) -> Tensor:
         device = next(self.module.parameters()).device
         args, kwargs = self._calls[batch].bind(x.to(device))
-        mixed = torch.autocast(device.type, self.products, enabled=self.products is not torch.float32)
-        with self._one_by_one(), mixed:
+        with self._one_by_one(), self._mixed(device.type):
             output = (
                 functional_call(self.module, dict(replaced), args, kwargs) if replaced else self.module(*args, **kwargs)
             )
@@ -300,6 +307,29 @@ class BlockRunner:
         return made
 
     @contextmanager
+    def _mixed(self, device: str) -> Iterator[None]:
+        """Products in their type, except in modules with other matrices: a router decides by small differences."""
+        if self.products is torch.float32:
+            yield
+            return
+
+        def exact(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with torch.autocast(device, enabled=False):
+                    return forward(*map(_widened, args), **{key: _widened(value) for key, value in kwargs.items()})
+
+            return run
+
+        try:
+            for part in self._others:
+                part.forward = exact(part.forward)
+            with torch.autocast(device, self.products):
+                yield
+        finally:
+            for part in self._others:
+                part.__dict__.pop("forward", None)
+
+    @contextmanager
     def _one_by_one(self) -> Iterator[None]:
         """Experts run in transformers' plain loop, the only way in which each expert's product can be seen."""
         before = [c._experts_implementation for c in self._configs]
@@ -312,3 +342,7 @@ class BlockRunner:
             for config, value in zip(self._configs, before, strict=True):
                 if value != "eager":
                     config._experts_implementation = value
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -24,8 +24,7 @@ def learn_block(
     """Learn all matrices of a block at once; snapshots of the best step.
 
     The quantized block sees what the quantized model feeds it; its output is compared with the float block's on what
-    the float model feeds that. The last position of a sequence predicts nothing and is not
-    compared.
+    the float model feeds that. The last position of a sequence predicts nothing and is not compared.
 
     Args:
         block: the float block.

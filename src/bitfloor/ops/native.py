@@ -29,7 +29,7 @@ SETTING = "BITFLOOR_KERNELS"
 REFERENCE = "reference"
 FOLDER = Path(__file__).resolve().parent
 ABI = 2  # of csrc/common.h: raised with every change of a signature or of a value
-WEIGHTS_PER_THREAD = 1 << 18  # a thread costs what tens of thousands of weights do
+WORK_PER_THREAD = 1 << 18  # a thread costs what tens of thousands of operations do
 
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 SIZES = (INTEGER,) * 5  # first row, one past the last, columns, group size, bits
@@ -66,7 +66,7 @@ class Library:
         def rows(first: int, last: int) -> None:
             self._library.bitfloor_fake_quantize(*pointers, first, last, weight.shape[1], group_size, bits)
 
-        over_rows(rows, weight)
+        over_rows(rows, weight.shape[0], weight.numel())
 
     def codes(
         self, weight: Tensor, shift: Tensor | None, scale: Tensor, zero: Tensor, bits: int, group_size: int, out: Tensor
@@ -77,7 +77,7 @@ class Library:
         def rows(first: int, last: int) -> None:
             self._library.bitfloor_codes(*pointers, first, last, weight.shape[1], group_size, bits)
 
-        over_rows(rows, weight)
+        over_rows(rows, weight.shape[0], weight.numel())
 
     def sign_step(
         self,
@@ -98,7 +98,7 @@ class Library:
             sizes = (first, last, weight.shape[1], group_size, bits)
             self._library.bitfloor_sign_step(*pointers, rate, *sums, *sizes)
 
-        over_rows(rows, weight)
+        over_rows(rows, weight.shape[0], weight.numel())
         return towards, clipped
 
     def gptq_columns(
@@ -110,7 +110,7 @@ class Library:
         def rows(first: int, last: int) -> None:
             self._library.bitfloor_gptq_columns(*pointers, first, last, *work.shape)
 
-        over_rows(rows, work.T)
+        over_rows(rows, work.shape[1], work.numel() * work.shape[0] // 2)
 
     def descend_columns(
         self, codes: Tensor, slope: Tensor, error: Tensor, local: Tensor, pivots: Tensor, scale: Tensor, top: float
@@ -121,7 +121,7 @@ class Library:
         def rows(first: int, last: int) -> None:
             self._library.bitfloor_descend_columns(*pointers, top, first, last, *codes.shape)
 
-        over_rows(rows, codes.T)
+        over_rows(rows, codes.shape[1], codes.numel() * codes.shape[0])
 
     def best_grid(
         self,
@@ -139,7 +139,7 @@ class Library:
         def rows(first: int, last: int) -> None:
             self._library.bitfloor_best_grid(*given, count, *found, first, last, height, width, group_size)
 
-        over_rows(rows, weight)
+        over_rows(rows, height, weight.numel() * count)
 
     def fit_sums(
         self, weight: Tensor, importance: Tensor, tops: Tensor, scale: Tensor, zero: Tensor, group_size: int
@@ -151,7 +151,7 @@ class Library:
         def rows(first: int, last: int) -> None:
             self._library.bitfloor_fit_sums(*pointers, first, last, weight.shape[1], group_size)
 
-        over_rows(rows, weight)
+        over_rows(rows, weight.shape[0], weight.numel())
         return above, below
 
 
@@ -206,10 +206,15 @@ def load(folder: Path) -> Loaded:
         return Loaded(None, f"it cannot be loaded ({str(error).replace(f'{folder}{os.sep}', '')}); {again}")
 
 
-def over_rows(function: Callable[[int, int], None], weight: Tensor) -> None:
-    """Call ``function(first, last)`` for all rows of a matrix, in ranges on as many threads as torch uses."""
-    rows = weight.shape[0]
-    threads = max(1, min(torch.get_num_threads(), rows, weight.numel() // WEIGHTS_PER_THREAD))
+def over_rows(function: Callable[[int, int], None], rows: int, work: int) -> None:
+    """Call ``function(first, last)`` for all rows, in ranges on as many threads as torch uses.
+
+    Args:
+        function: what treats a range of rows.
+        rows: how many there are.
+        work: operations on a weight in all; less than a few hundred thousand are not worth a thread.
+    """
+    threads = max(1, min(torch.get_num_threads(), rows, work // WORK_PER_THREAD))
     borders = [rows * i // threads for i in range(threads + 1)]
     if threads == 1:
         function(0, rows)

@@ -23,8 +23,8 @@ DOUBLE = 8
 OVERHEAD = 40 << 20
 # Float32 copies of one panel of an embedding alive at once in the range search.
 PANEL_COPIES = 10
-# Float32 tensors of the shape of the stacked weights alive at once inside a solver: the permuted and moved
-# copy, codes, and what the error of the result is computed from.
+# Float32 tensors of the shape of the stacked weights alive at once inside a solver: the permuted and moved copy, codes,
+# and what the error of the result is computed from; in coordinate descent codes, errors, and copies of other strides.
 SOLVER_COPIES = 4
 # Hidden-width and intermediate-width float32 activations of one batch alive at once inside a block's forward, and as
 # many again that the allocator has not found a new use for.

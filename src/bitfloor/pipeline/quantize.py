@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from bitfloor.core.errors import InputError
+from bitfloor.core.precision import products_used
+from bitfloor.methods.base import Need
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.finish import write_checkpoint
 from bitfloor.pipeline.folder import clear_finished, damaged_file, only_writer, own_spill, prepare
@@ -82,6 +84,7 @@ def make_fingerprint(source: SourceModel, job: Job, data: str, device: str) -> d
         "recipe": job.recipe_sha256,
         "model": source.fingerprint,
         "calibration_tokens": data,
+        "products": products_used(job.products, device) if Need.INPUTS in job.method.needs else "none",
         "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),

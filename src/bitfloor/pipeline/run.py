@@ -235,11 +235,14 @@ class Run:
             self._quantized[i] = found
             if i < len(self._float):
                 exact = runner.forward(self._float[i], i) if targets is None else targets[i]
-                self._float[i] = exact
+                if targets is None:
+                    self._float[i] = exact
                 above += float((found - exact.to(found.device)).square().sum(dtype=torch.float64))
                 below += float(exact.square().sum(dtype=torch.float64))
             elif not all_finite(found):
                 above = float("nan")
+        if targets is not None and targets is self._targets:
+            self._float, self._targets = self._targets, self._float
         if not below < float("inf") or not above < float("inf"):
             raise BitfloorError(
                 f"the block of {runner.names[0]} gives NaN or infinite outputs on the calibration text; "

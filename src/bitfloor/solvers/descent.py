@@ -13,8 +13,8 @@ of a group its scale follows, which is a parabola too, with ``c = q - z``:
 
     s <- s - <D H, c>_g / (c H_gg c^T)
 
-kept where it lowers the error after it went through its storage type. No step raises the error, so a start (GPTQ's
-codes, or round-to-nearest's) is never made worse on the text that the Hessian is of.
+kept where it lowers the error after it went through its storage type. No step raises the damped error, beyond the
+rounding of float32.
 
 GPTQ fixes a column once, when the columns behind it are still free; this looks at each again when they are not.
 """
@@ -39,7 +39,8 @@ def descend(
         target: ``[O, I]`` float32.
         codes: ``[O, I]`` uint8, the start; not changed.
         grid: of the start; not changed. The scales of groups with offsets stay as they are.
-        hessian: ``[I, I]`` float32 in any scale; not changed. Columns whose diagonal is zero stay as they are.
+        hessian: ``[I, I]`` float32 in any scale; not changed. The codes of columns
+            whose diagonal is zero stay as they are.
         damping: added to the diagonal, relative to its mean over the columns that are not zero.
         sweeps: how often every column is looked at.
 
@@ -53,11 +54,11 @@ def descend(
         return codes, grid
     extra = damping * float(diagonal[live].mean())
     # One row per column, so that the loops read and write contiguous memory.
+    error = (decode(codes, grid) - target).T.contiguous()  # D^T
     found = codes.T.float().contiguous()
     scale = grid.scale.T.clone(memory_format=torch.contiguous_format)
     zero = None if grid.zero is None else grid.zero.T
     tops = grid.max_code.tolist()
-    error = (decode(codes, grid) - target).T.contiguous()  # D^T
     for _ in range(sweeps):
         for group in range(scale.shape[0]):
             first, last = group * size, min(group * size + size, columns)

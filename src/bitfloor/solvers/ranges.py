@@ -82,12 +82,12 @@ def search_grid(weight: Tensor, importance: Tensor | None, spec: QuantSpec, bits
     offset_form = bool((widths == 1).any())
     valid = grouped(torch.ones(columns, device=weight.device), size)
     weights = valid if importance is None else normalised(grouped(importance.float(), size), valid)
+    counted = weights.flatten()[:columns].contiguous()
     scales, shifts = [], []
     for part in torch.split(weight, max(1, CHUNK // columns)):
         groups = grouped(part.float(), size)
         scale, zero = _minmax(groups, widths, spec.symmetric, dtype)
         if importance is not None:
-            counted = weights.flatten()[:columns].contiguous()
             dense = part.float().contiguous()
             scale, zero = _search(dense, counted, widths, (scale, zero), spec.symmetric, dtype, size)
         if offset_form:

@@ -67,6 +67,24 @@ def test_products_in_bfloat16_leave_the_residual_stream_in_float32(name: str) ->
     assert override.grad is not None and override.grad.dtype == torch.float32 and bool(override.grad.any())
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_routers_decide_in_float32(name: str) -> None:
+    plain, xs = first_block(name)
+    prefix = plain.names[0].split(".self_attn")[0]
+    mixed = BlockRunner(plain.module, prefix, list(plain._refs.values()), plain._calls, torch.bfloat16)
+    (router,) = [part for part in mixed._others if "Router" in type(part).__name__]
+    seen: list[Tensor] = []
+
+    def note(_: Any, __: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = router.register_forward_hook(note)
+    mixed.forward(xs[0], 0)
+    handle.remove()
+    assert seen[0].dtype == torch.float32
+    assert all("forward" not in part.__dict__ for part in mixed.module.modules())
+
+
 # -- weights and overrides ---------------------------------------------------------------------------------------------
 
 

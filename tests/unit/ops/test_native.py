@@ -74,18 +74,18 @@ def test_the_environment_says_what_was_loaded(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_rows_are_shared_once_each(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "WEIGHTS_PER_THREAD", 10)
+    monkeypatch.setattr(native, "WORK_PER_THREAD", 10)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     seen: list[tuple[int, int]] = []
-    native.over_rows(lambda *ends: seen.append(ends), torch.empty(7, 10))
+    native.over_rows(lambda *ends: seen.append(ends), 7, 70)
     assert sorted(row for ends in seen for row in range(*ends)) == list(range(7))
     assert len(seen) == min(threads, 7)
-    native.over_rows(lambda *ends: seen.append(ends), torch.empty(0, 10))
+    native.over_rows(lambda *ends: seen.append(ends), 0, 0)
     assert seen[-1] == (0, 0)
 
 
 def test_an_error_in_a_thread_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "WEIGHTS_PER_THREAD", 1)
+    monkeypatch.setattr(native, "WORK_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
     def fails(first: int, last: int) -> None:
@@ -93,4 +93,4 @@ def test_an_error_in_a_thread_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
             raise OSError("no")
 
     with pytest.raises(OSError, match="no"):
-        native.over_rows(fails, torch.empty(4, 4))
+        native.over_rows(fails, 4, 16)

@@ -33,10 +33,12 @@ def fingerprint(folder: Path, data: str = "none", **changes: Any) -> dict[str, A
 def test_its_fields(folder: Path) -> None:
     found = fingerprint(folder, "beef")
     assert set(found) == {
-        *("recipe", "model", "calibration_tokens", "device", "processor", "threads"),
+        *("recipe", "model", "calibration_tokens", "products", "device", "processor", "threads"),
         *("bitfloor", "torch", "transformers"),
     }
     assert found["calibration_tokens"] == "beef" and found["device"] == "cpu"
+    assert found["products"] == fingerprint(folder, "beef", method={"name": "gptq"})["products"] != "none"
+    assert fingerprint(folder, "beef", method={"name": "rtn", "range": "minmax"})["products"] == "none"
     assert found["threads"] == torch.get_num_threads() and found["torch"] == torch.__version__
 
 

@@ -21,7 +21,6 @@ from bitfloor.data.tokenize import calibration_batches, token_sha256
 from bitfloor.environment import environment as environment
 from bitfloor.evaluation.generate import generate_text
 from bitfloor.evaluation.limits import context_length
-from bitfloor.methods.base import Need
 from bitfloor.methods.table import METHODS
 from bitfloor.modeling.loader import SourceModel, open_source
 from bitfloor.ops import native
@@ -32,6 +31,7 @@ from bitfloor.pipeline.job import Job
 from bitfloor.pipeline.plan import check_memory, make_plan
 from bitfloor.pipeline.quantize import quantize_model
 from bitfloor.pipeline.run import RunOptions
+from bitfloor.pipeline.tune import reads_text
 from bitfloor.recipe.load import load_recipe
 from bitfloor.recipe.method_options import build_config
 from bitfloor.recipe.schema import Recipe
@@ -274,14 +274,14 @@ def _end_spec(bits: int, group_size: int, recipe: Recipe) -> QuantSpec | None:
 
 def _plan_data(recipe: Recipe, job: Job) -> tuple[int, int, int] | None:
     """``(sequences, seqlen, batch size)`` of the calibration, None when the method reads none."""
-    if Need.INPUTS not in job.method.needs:
+    if not reads_text(job):
         return None
     part = recipe.calibration
     return part.sequences, part.seqlen, part.batch_size
 
 
 def _batches(recipe: Recipe, job: Job, source: SourceModel) -> list[Tensor]:
-    if Need.INPUTS not in job.method.needs:
+    if not reads_text(job):
         return []
     part = recipe.calibration
     return calibration_batches(
@@ -301,7 +301,7 @@ def check_calibration(recipe: Recipe, job: Job, source: SourceModel, calibration
     Raises:
         InputError: the method reads no text, or the sequences are longer than the model's context.
     """
-    reads = Need.INPUTS in job.method.needs
+    reads = reads_text(job)
     longest = context_length(source)
     if reads and longest is not None and recipe.calibration.seqlen > longest:
         raise InputError(

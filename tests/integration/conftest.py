@@ -112,3 +112,19 @@ def small(texts: Texts) -> Recipe:
         "embedding": {"bits": 8, "group_size": 32},
         "calibration": {"text": texts.calibration, "sequences": 4, "seqlen": 32, "batch_size": 2},
     }
+
+
+@pytest.fixture
+def learned(texts: Any) -> Callable[..., dict[str, Any]]:
+    """``learned("signround", bits=2, steps=3)``: four short sequences, an untouched embedding."""
+
+    def make(method: str, bits: int = 3, **options: Any) -> dict[str, Any]:
+        return {
+            "name": "learned",
+            "method": {"name": method, **options},
+            "spec": {"bits": bits, "group_size": 32},
+            "embedding": {"bits": 16},
+            "calibration": {"text": texts.calibration, "sequences": 4, "seqlen": 32, "batch_size": 2},
+        }
+
+    return make

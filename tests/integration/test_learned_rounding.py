@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,6 @@ from bitfloor.recipe.load import load_recipe
 
 Recipe = dict[str, Any]
 METHODS = ("signround", "bitfloor")
-
-
-@pytest.fixture
-def learned(texts: Any) -> Callable[..., Recipe]:
-    """``learned("signround", bits=2, steps=3)``: four short sequences, an untouched embedding."""
-
-    def make(method: str, bits: int = 3, **options: Any) -> Recipe:
-        return {
-            "name": "learned",
-            "method": {"name": method, **options},
-            "spec": {"bits": bits, "group_size": 32},
-            "embedding": {"bits": 16},
-            "calibration": {"text": texts.calibration, "sequences": 4, "seqlen": 32, "batch_size": 2},
-        }
-
-    return make
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from bitfloor.formats.shards import CheckpointWriter
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.folder import REPORT, copy_companions, model_config
 from bitfloor.pipeline.job import Assignment, Job
-from bitfloor.pipeline.journal import ENDS, Journal, part_name
+from bitfloor.pipeline.journal import ENDS, TUNED, Journal, part_name
 from bitfloor.pipeline.sizes import size_summary, stored_bytes
 from bitfloor.pipeline.timing import remember
 
@@ -44,6 +44,9 @@ def write_checkpoint(
     companions = copy_companions(source.path, out)
     report = {**make_report(source, job, assignment, facts), "made_from": journal.fingerprint, "files": files}
     report["companions"] = companions
+    tuning = journal.facts(TUNED)
+    if tuning is not None:
+        report["tuning"] = {key: tuning[key] for key in ("before", "after", "step", "note")}
     write_json(out / REPORT, report)
     recipe = {"name": job.recipe_name, "sha256": job.recipe_sha256}
     quantization = build_config(layouts, tied=tied, kept=kept, recipe=recipe)

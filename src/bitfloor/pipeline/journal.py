@@ -27,7 +27,8 @@ from bitfloor.formats.files import CorruptArtifact, read_artifact, verify_artifa
 FOLDER = ".bitfloor"
 RUN = "run.json"
 ENDS = "ends"
-PARTS = re.compile(r"(block-\d{5}|ends)\.safetensors(\.tmp)?|run\.json\.tmp")
+TUNED, STATE = "tuned", "tuning"  # the result of the last stage, and what it has learnt so far
+PARTS = re.compile(r"(block-\d{5}|ends|tuned|tuning)\.safetensors(\.tmp)?|run\.json\.tmp")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ PANEL_COPIES = 10
 # Float32 tensors of the shape of the stacked weights alive at once inside a solver: the permuted and moved copy, codes,
 # and what the error of the result is computed from; in coordinate descent codes, errors, and copies of other strides.
 SOLVER_COPIES = 4
+# Bytes of a group while its scale is tuned: start, factor, two moments, the best so far.
+TUNED_GROUP = 5 * FLOAT
+BYTE = 8
+# Float32 tensors of the shape of a sequence's logits alive at once: both models', their logarithms, and the way back.
+LOGIT_COPIES = 7
 # Hidden-width and intermediate-width float32 activations of one batch alive at once inside a block's forward, and as
 # many again that the allocator has not found a new use for.
 HIDDEN_COPIES = 12
@@ -148,7 +153,30 @@ def peak_memory(
     skipped = held[head.param][0] if head is not None and not source.map.tied else 0
     outside = sum(count for name, (count, _) in held.items() if not name.startswith(prefix)) - skipped
     capture = FLOAT * outside + moving if data is not None else 0
-    return resident_memory() + OVERHEAD + max(streams + block, streams + capture, _table_memory(source, assignment))
+    tuning = streams_tuned = 0
+    if data is not None and job.recipe.get("tune"):
+        streams_tuned = FLOAT * hidden * data[1] * (2 * min(data[2], data[0]) if spill else 2 * data[0])
+        tuning = FLOAT * outside + _tuning_memory(source, assignment, data) + weights + moving
+    peaks = (streams + block, streams + capture, streams_tuned + tuning, _table_memory(source, assignment))
+    return resident_memory() + OVERHEAD + max(peaks)
+
+
+def _tuning_memory(source: SourceModel, assignment: Assignment, data: tuple[int, int, int]) -> int:
+    """What tuning holds of all blocks at once, the parameters of one in the making, and a sequence's logits."""
+    text = source.config.get_text_config()
+    sequences, seqlen, batch = data
+    codes = groups = tables = 0
+    for name, spec in assignment.specs.items():
+        ref = assignment.refs[name]
+        rows, columns = ref.shape
+        if ref.block < 0:
+            tables += FLOAT * rows * columns
+        else:
+            codes += rows * columns * (1 if spec.bits < BYTE else 2)
+            groups += rows * -(-columns // spec.columns_per_group(columns))
+    states = FLOAT * min(batch, sequences) * seqlen * int(text.hidden_size) * source.map.n_blocks
+    logits = LOGIT_COPIES * FLOAT * seqlen * int(text.vocab_size)
+    return codes + TUNED_GROUP * groups + tables + states + logits + 2 * FLOAT * _largest_block(assignment)
 
 
 def _largest_block(assignment: Assignment) -> int:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from bitfloor.core.errors import InputError
 from bitfloor.core.precision import products_used
-from bitfloor.methods.base import Need
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.finish import write_checkpoint
 from bitfloor.pipeline.folder import clear_finished, damaged_file, only_writer, own_spill, prepare
 from bitfloor.pipeline.job import Job, assign
 from bitfloor.pipeline.journal import Journal, differences
 from bitfloor.pipeline.run import Run, RunOptions
+from bitfloor.pipeline.tune import Tuning, reads_text
 
 
 def quantize_model(
@@ -73,7 +73,10 @@ def quantize_model(
     with only_writer(out), own_spill(options.spill, out) as spill:
         journal.begin(resume)
         clear_finished(out)
-        Run(source, job, assignment, journal, batches, replace(options, spill=spill)).execute()
+        running = replace(options, spill=spill)
+        Run(source, job, assignment, journal, batches, running).execute()
+        if job.recipe.get("tune"):
+            Tuning(source, job, assignment, journal, batches, running).execute()
         return write_checkpoint(source, job, assignment, journal, out)
 
 
@@ -84,7 +87,7 @@ def make_fingerprint(source: SourceModel, job: Job, data: str, device: str) -> d
         "recipe": job.recipe_sha256,
         "model": source.fingerprint,
         "calibration_tokens": data,
-        "products": products_used(job.products, device) if Need.INPUTS in job.method.needs else "none",
+        "products": products_used(job.products, device) if reads_text(job) else "none",
         "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),

@@ -137,6 +137,14 @@ class CalibrationPart(_Part):
     precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto, float32 or bfloat16")
 
 
+class TunePart(_Part):
+    """A last stage that learns scales and norms of the whole quantized model; ``tune: null`` leaves it out."""
+
+    steps: Count = Field(description="a positive number of updates, each on one batch of the calibration text")
+    rate: Annotated[float, Field(gt=0, le=1)] = Field(default=0.003, description="a step, more than 0 and at most 1")
+    norms: bool = Field(default=True, description="true or false")
+
+
 class Decision(NamedTuple):
     """What a recipe wants for one linear: its storage, or None and the reason why it is kept as it is."""
 
@@ -160,6 +168,8 @@ class Recipe(_Part):
     )
     head: HeadPart = Field(default=HeadPart(), description="storage of the head, {bits, group_size}")
     calibration: CalibrationPart = Field(default=CalibrationPart(), description="the calibration text and its amount")
+
+    tune: TunePart | None = Field(default=None, description="null, or a last stage {steps, rate, norms}")
 
     @property
     def head_bits(self) -> int:
@@ -196,7 +206,8 @@ class Recipe(_Part):
 
     def content(self) -> dict[str, Any]:
         """Everything that is *what*, as plain JSON values: the recipe without its name and description."""
-        return self.model_dump(mode="json", exclude={"name", "description"})
+        absent = {"tune"} if self.tune is None else set()
+        return self.model_dump(mode="json", exclude={"name", "description", *absent})
 
     def sha256(self) -> str:
         """Hash of :meth:`content`; two recipes with the same hash ask for the same bytes."""

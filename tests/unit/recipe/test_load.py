@@ -23,7 +23,17 @@ def refusal(*arguments: Any, **options: Any) -> str:
     return str(caught.value)
 
 
-KINDS = ("rtn", "rtn-minmax", "gptq", "signround", "signround-light", "signround-best", "bitfloor")
+KINDS = (
+    "rtn",
+    "rtn-minmax",
+    "gptq",
+    "signround",
+    "signround-light",
+    "signround-best",
+    "bitfloor",
+    "bitfloor-fast",
+    "bitfloor-tuned",
+)
 
 
 def test_the_promised_presets_exist() -> None:
@@ -43,7 +53,8 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
         assert recipe.method.options["steps"] == {"light": 50, "": 200, "best": 1000}[variant]
         assert recipe.spec.symmetric
     elif method == "bitfloor":
-        assert recipe.method.options["steps"] > 0 and not recipe.spec.symmetric
+        assert (recipe.method.options["steps"] == 0) == (variant == "fast") and not recipe.spec.symmetric
+        assert (recipe.tune is not None) == (variant == "tuned")
     else:
         assert recipe.method.options["range"] == (variant or "search")
     assert recipe.name == name and recipe.embedding.bits == 8
@@ -157,6 +168,7 @@ def test_defaults_of_the_method_are_part_of_the_hash() -> None:
         "damping": 0.01,
         "act_order": True,
         "correction": 0.0,
+        "sweeps": 0,
     }
     assert plain.sha256() == spelt.sha256() != other.sha256()
 

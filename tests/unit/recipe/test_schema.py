@@ -37,6 +37,7 @@ def test_the_smallest_recipe_has_the_documented_defaults() -> None:
         "batch_size": 8,
         "mode": "auto",
         "min_chars": 1500,
+        "precision": "auto",
     }
 
 

@@ -1,0 +1,253 @@
+"""The last stage: all scales and norms of the quantized model together, towards the float model's distribution.
+
+Blocks are quantized one after the other, each towards the float model's hidden states. What counts in the end is the
+distribution of the next token. Here the codes stay, and everything small learns: the scale of every group and the
+weights of norms, by AdamW on the Kullback-Leibler divergence from the float model's distribution to the quantized
+one's, over the calibration text. A share of the text is held out; it decides which step is kept.
+
+The float model runs once, block by block, and leaves its last hidden states. Of the quantized model the codes are held,
+a byte a weight, and its norms; a step goes through the blocks forward, keeping their inputs, and back, computing each
+again.
+
+The result is one part of the journal; after that every block's part is written anew with it, each once. The state of
+the learning is journaled too, so a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfloor.calib.block import BlockRunner
+from bitfloor.calib.capture import Call, capture
+from bitfloor.calib.streams import Stream
+from bitfloor.methods.base import Need
+from bitfloor.modeling.loader import SourceModel
+from bitfloor.pipeline.ends import decode_table
+from bitfloor.pipeline.events import Event
+from bitfloor.pipeline.job import Assignment, Job
+from bitfloor.pipeline.journal import ENDS, STATE, TUNED, Entry, Journal, part_name
+from bitfloor.pipeline.run import RunOptions
+from bitfloor.pipeline.student import Head, Student, Update, gives_tuple
+from bitfloor.solvers.adamw import AdamW
+
+HELD_OUT = 8  # one batch in so many is not learnt from
+LOOKS = 8  # at the held-out text, over the whole run
+WARM_UP = 8  # steps, or a quarter of all
+
+
+def reads_text(job: Job) -> bool:
+    """Whether a job needs the calibration text: for its method, or to tune."""
+    return Need.INPUTS in job.method.needs or bool(job.recipe.get("tune"))
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How to tune.
+
+    Args:
+        steps: updates; each reads one batch of the calibration text.
+        rate: step of AdamW for the scales' factors and the norms' weights, after a warm-up; falls linearly to zero.
+        norms: learn the weights of norms too.
+    """
+
+    steps: int
+    rate: float
+    norms: bool = True
+
+
+class Tuning:
+    """The stage, from the journal of all blocks to the same journal with tuned blocks.
+
+    Args:
+        source, job, assignment, journal, batches, options: as for :class:`bitfloor.pipeline.run.Run`.
+        config: how.
+    """
+
+    def __init__(
+        self,
+        source: SourceModel,
+        job: Job,
+        assignment: Assignment,
+        journal: Journal,
+        batches: Sequence[Tensor],
+        options: RunOptions,
+    ) -> None:
+        self.source = source
+        self.job = job
+        self.assignment = assignment
+        self.journal = journal
+        self.batches = list(batches)
+        self.options = options
+        self.config = TuneConfig(**job.recipe["tune"])
+        self.norms = self.config.norms
+        self._streams: list[Stream] = []
+
+    def execute(self) -> None:
+        """Tune, unless the journal has the result already, and put it into the parts of the blocks.
+
+        Raises:
+            BitfloorError: the run failed; the journal keeps what was finished.
+        """
+        if self.journal.facts(TUNED) is None:
+            try:
+                self.journal.put(TUNED, self._learn())
+            finally:
+                for stream in self._streams:
+                    stream.close()
+                for k in range(self.source.map.n_blocks):
+                    self.source.release_block(k)
+                self.source.release_outer()
+        self._spread(self.journal.get(TUNED).tensors)
+
+    def _spread(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write every part that holds something that was tuned anew, once."""
+        for part in (ENDS, *(part_name(k) for k in range(self.source.map.n_blocks))):
+            entry = self.journal.get(part)
+            own = {name: tensor for name, tensor in tensors.items() if name in entry.tensors}
+            if own and not entry.facts.get("tuned"):
+                self.journal.put(part, Entry({**entry.tensors, **own}, {**entry.facts, "tuned": True}))
+
+    # -- what is learnt from -----------------------------------------------------------------------------------------
+
+    def _learn(self) -> Entry:
+        with torch.no_grad():
+            student, teacher = self._prepare()
+        steps = self.config.steps
+        train, held = _share(len(self.batches))
+        adam = AdamW()
+        begun = self._resumed(student, adam)
+        if begun is None:
+            before = _mean(student.divergence(i, teacher[i]) for i in held)
+            progress: dict[str, Any] = {"before": before, "after": before, "step": 0, "done": 0, "note": None}
+            best = student.snapshot()
+        else:
+            progress, best = begun
+        order = _order(train, steps, int(self.job.recipe.get("seed", 0)))
+        every = max(1, -(-steps // LOOKS))
+        for t in range(progress["done"], steps):
+            warm = min(WARM_UP, max(1, steps // 4))
+            rate = self.config.rate * min(1.0, (t + 1) / warm) * (1.0 - t / steps)
+            loss = student.step(order[t], teacher[order[t]], _mover(adam, rate, t + 1))
+            if not math.isfinite(loss):
+                progress["note"] = f"a loss that is not finite at step {t + 1}; step {progress['step']} is kept"
+                break
+            progress["done"] = t + 1
+            if (t + 1) % every and t + 1 != steps:
+                continue
+            now = _mean(student.divergence(i, teacher[i]) for i in held)
+            if now < progress["after"]:
+                progress |= {"after": now, "step": t + 1}
+                best = student.snapshot()
+            self._tell(
+                f"tuning: step {t + 1} of {steps}, held-out divergence {now:.4g} ({progress['before']:.4g} before)"
+            )
+            if t + 1 < steps:
+                self._store(student, adam, best, progress)
+        return Entry(student.stored(best), progress)
+
+    def _prepare(self) -> tuple[Student, Stream]:
+        """The quantized model's small parameters, and the float model's last hidden states."""
+        source, device = self.source, self.options.device
+        self._tell("tuning: the float model's last hidden states")
+        batches = [batch.to(device) for batch in self.batches]
+        source.load_outer(device)
+        path, embedding = source.map.blocks_path, source.map.embedding
+        found = capture(source.skeleton, path, batches, self._stream("float"))
+        teacher, calls = found.hidden, found.calls
+        for k in range(source.map.n_blocks):
+            runner = self.runner(k, calls)
+            for i in range(len(teacher)):
+                teacher[i] = runner.forward(teacher[i], i)
+            source.release_block(k)
+        head = Head(source, self.job.products, as_tuple=gives_tuple(source, batches[0], device))
+        tables = {}
+        entry = self.journal.get(ENDS)
+        for ref in (source.map.embedding, source.map.head):
+            if ref is not None and ref.name in entry.facts["layouts"]:
+                tables[ref.param] = torch.empty_like(source.skeleton.get_parameter(ref.param))
+                decode_table(entry, ref.name, tables[ref.param])
+        inputs = self._stream("tuned")
+        with _poured(source, tables if embedding is not None else {}):
+            again = capture(source.skeleton, path, batches, inputs)
+        return Student(self, again.calls, inputs, batches, head, tables), teacher
+
+    def runner(self, k: int, calls: Sequence[Sequence[Call]]) -> BlockRunner:
+        source = self.source
+        module = source.load_block(k, self.options.device)
+        return BlockRunner(module, source.map.block_path(k), source.map.block_matrices(k), calls[k], self.job.products)
+
+    def _stream(self, name: str) -> Stream:
+        stream = Stream(folder=None if self.options.spill is None else self.options.spill / name)
+        self._streams.append(stream)
+        return stream
+
+    # -- resuming ----------------------------------------------------------------------------------------------------
+
+    def _store(self, student: Student, adam: AdamW, best: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        tensors = {f"now.{name}": tensor for name, tensor in student.parameters.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
+        tensors |= {f"moments.{name}": tensor for name, tensor in adam.moments.items()}
+        self.journal.put(STATE, Entry({name: tensor.cpu() for name, tensor in tensors.items()}, dict(progress)))
+
+    def _resumed(self, student: Student, adam: AdamW) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Progress and best parameters of a run that was interrupted; its state is put back."""
+        if self.journal.facts(STATE) is None:
+            return None
+        entry = self.journal.get(STATE)
+        device = self.options.device
+
+        def of(kind: str) -> dict[str, Tensor]:
+            found = {n.removeprefix(kind): t.to(device) for n, t in entry.tensors.items() if n.startswith(kind)}
+            return found
+
+        student.restore(of("now."))
+        adam.moments = of("moments.")
+        return dict(entry.facts), of("best.")
+
+    def _tell(self, message: str) -> None:
+        self.options.progress(Event("stage", blocks=self.source.map.n_blocks, message=message))
+
+
+@contextmanager
+def _poured(source: SourceModel, tables: Mapping[str, Tensor]) -> Iterator[None]:
+    """Parameters of the skeleton with other contents."""
+    before = {name: source.skeleton.get_parameter(name).data for name in tables}
+    try:
+        for name, table in tables.items():
+            source.skeleton.get_parameter(name).data = table
+        yield
+    finally:
+        for name, data in before.items():
+            source.skeleton.get_parameter(name).data = data
+
+
+def _mover(adam: AdamW, rate: float, t: int) -> Update:
+    return lambda name, parameter, grad: adam.step(name, parameter, grad, rate, t)
+
+
+def _share(count: int) -> tuple[list[int], list[int]]:
+    """Batches to learn from, and those held out: every so many, at least one; a single batch is both."""
+    held = list(range(HELD_OUT - 1, count, HELD_OUT)) or [count - 1]
+    train = [i for i in range(count) if i not in held]
+    return train or held, held
+
+
+def _order(train: Sequence[int], steps: int, seed: int) -> list[int]:
+    """The batch of every step: all in random order, then again."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < steps:
+        order += [train[at] for at in torch.randperm(len(train), generator=generator).tolist()]
+    return order[:steps]
+
+
+def _mean(values: Iterator[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

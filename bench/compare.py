@@ -24,6 +24,7 @@ CONTESTS = (
     ("gptqmodel", "gptq-w{bits}g{group}"),
     ("auto-round", "signround-w{bits}g{group}+calibration.batch_size-4"),
     ("auto-round", "bitfloor-w{bits}g{group}"),
+    ("auto-round", "bitfloor-tuned-w{bits}g{group}"),
     ("auto-round", "bitfloor-w{bits}g{group}+method.steps-0"),
     ("auto-round", "bitfloor-w{bits}g{group}+sequences-64+method.steps-0"),
     ("auto-round", "bitfloor-fast-w{bits}g{group}+sequences-32"),

@@ -187,7 +187,7 @@ def main() -> None:
     os.environ.update(dict.fromkeys(THREADS, "1"), TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     attempts.single_thread()
     trial = prepare(args)
-    head = record.header((*record.quality(record.method_of(trial.recipe)), *record.RUNNING))
+    head = record.header((*record.parts_of(trial.recipe), *record.RUNNING))
     recipe = {
         "preset": trial.recipe,
         "overrides": list(trial.overrides),

@@ -132,7 +132,7 @@ def main() -> None:
         "calibration": synthetic.CALIBRATION,
         "sha256": record.recipe_sha256(args.recipe, overrides, synthetic.CALIBRATION),
     }
-    head = record.header((*record.quality(record.method_of(args.recipe)), *record.RUNNING))
+    head = record.header((*record.parts_of(args.recipe), *record.RUNNING))
     few, many = (measure_depth(layers, args) for layers in args.layers)
     checks = check(few, many)
     shape = {"hidden": args.hidden, "intermediate": args.intermediate, "dtype": "bfloat16"}

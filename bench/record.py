@@ -46,6 +46,8 @@ EVERY_METHOD = (
 METHOD_FOLDERS = ("methods/", "solvers/", "ops/")
 # What options there are and what they may be; which values were used is in the recipe's own hash.
 UNCOUNTED = ("methods/options.py", "methods/table.py")
+# The last stage, where a recipe has one.
+TUNING = ("pipeline/tune.py", "pipeline/student.py", "solvers/scales.py", "solvers/adamw.py")
 # Memory and resuming depend on how tensors are read, held and written too.
 RUNNING = ("pipeline", "formats", "modeling")
 
@@ -143,11 +145,13 @@ def recipe_sha256(preset: str, overrides: Iterable[str] = (), calibration: str |
     return load_recipe(preset, list(overrides), calibration=calibration).sha256()
 
 
-def method_of(preset: str) -> str:
-    """Name of the method that a preset configures."""
+def parts_of(preset: str, overrides: Iterable[str] = ()) -> tuple[str, ...]:
+    """The parts of the package that a preset's results depend on: its method's, and those of tuning if it tunes."""
     from bitfloor.recipe.load import load_recipe
 
-    return load_recipe(preset, []).method.name
+    recipe = load_recipe(preset, list(overrides))
+    parts = quality(recipe.method.name)
+    return parts if recipe.tune is None else tuple(dict.fromkeys((*parts, *TUNING)))
 
 
 # -- the header of a result -------------------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ def measure_preset(preset: str, args: argparse.Namespace) -> None:
         say(f"{name}: fresh")
         return
     say(name)
-    head = record.header(record.quality(record.method_of(preset)))
+    head = record.header(record.parts_of(preset, overrides))
     out = args.work / name
     made = quantize(preset, out, args)
     say(f"  quantized in {made['quantization']['cpu_seconds']:.0f} CPU seconds")

@@ -76,7 +76,7 @@ def test_a_run_killed_while_tuning_or_writing_goes_on_to_the_same_bytes(
 
     def die(self: Any, part: str, entry: Any) -> None:
         nonlocal count
-        if entry.facts.get("tuned"):
+        if part.startswith("tuned-"):
             count += 1
             if count == 2:
                 raise KeyboardInterrupt
@@ -86,6 +86,9 @@ def test_a_run_killed_while_tuning_or_writing_goes_on_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         api.quantize(model, tmp_path / "out", recipe)
     monkeypatch.undo()
+    # A part that was damaged meanwhile is made again, from blocks as they were before tuning.
+    damaged = tmp_path / "out" / ".bitfloor" / "block-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-3] + b"xyz")
     api.quantize(model, tmp_path / "out", recipe)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 

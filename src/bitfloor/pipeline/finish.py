@@ -13,7 +13,7 @@ from bitfloor.formats.shards import CheckpointWriter
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.folder import REPORT, copy_companions, model_config
 from bitfloor.pipeline.job import Assignment, Job
-from bitfloor.pipeline.journal import ENDS, TUNED, Journal, part_name
+from bitfloor.pipeline.journal import ENDS, TUNED, Journal, part_name, tuned_name
 from bitfloor.pipeline.sizes import size_summary, stored_bytes
 from bitfloor.pipeline.timing import remember
 
@@ -32,6 +32,8 @@ def write_checkpoint(
         BitfloorError: a source tensor that is in no part; a damaged part; a full disk.
     """
     parts = [ENDS, *(part_name(k) for k in range(source.map.n_blocks))]
+    if job.recipe.get("tune"):
+        parts = [tuned_name(part) for part in parts]
     facts = {part: _facts(journal, part) for part in parts}
     layouts = {name: layout for part in parts for name, layout in facts[part]["layouts"].items()}
     kept = [*source.map.kept, *dict.fromkeys(assignment.refs[name].param for name in assignment.kept)]

@@ -28,7 +28,7 @@ FOLDER = ".bitfloor"
 RUN = "run.json"
 ENDS = "ends"
 TUNED, STATE = "tuned", "tuning"  # the result of the last stage, and what it has learnt so far
-PARTS = re.compile(r"(block-\d{5}|ends|tuned|tuning)\.safetensors(\.tmp)?|run\.json\.tmp")
+PARTS = re.compile(r"((tuned-)?(block-\d{5}|ends)|tuned|tuning)\.safetensors(\.tmp)?|run\.json\.tmp")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ def is_journal(folder: Path) -> bool:
 def part_name(block: int) -> str:
     """The journal's name of a block."""
     return f"block-{block:05d}"
+
+
+def tuned_name(part: str) -> str:
+    """The journal's name of a part after the last stage."""
+    return f"tuned-{part}"
 
 
 class Journal:

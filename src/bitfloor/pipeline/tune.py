@@ -9,8 +9,8 @@ The float model runs once, block by block, and leaves its last hidden states. Of
 a byte a weight, and its norms; a step goes through the blocks forward, keeping their inputs, and back, computing each
 again.
 
-The result is one part of the journal; after that every block's part is written anew with it, each once. The state of
-the learning is journaled too, so a killed run goes on.
+The result is one part of the journal; after that every part is written a second time with it. The state of the learning
+is journaled too, so a killed run goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.ends import decode_table
 from bitfloor.pipeline.events import Event
 from bitfloor.pipeline.job import Assignment, Job
-from bitfloor.pipeline.journal import ENDS, STATE, TUNED, Entry, Journal, part_name
+from bitfloor.pipeline.journal import ENDS, STATE, TUNED, Entry, Journal, part_name, tuned_name
 from bitfloor.pipeline.run import RunOptions
 from bitfloor.pipeline.student import Head, Student, Update, gives_tuple
 from bitfloor.solvers.adamw import AdamW
@@ -90,7 +90,7 @@ class Tuning:
         self._streams: list[Stream] = []
 
     def execute(self) -> None:
-        """Tune, unless the journal has the result already, and put it into the parts of the blocks.
+        """Tune, unless the journal has the result already, and write all parts with it.
 
         Raises:
             BitfloorError: the run failed; the journal keeps what was finished.
@@ -107,12 +107,12 @@ class Tuning:
         self._spread(self.journal.get(TUNED).tensors)
 
     def _spread(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write every part that holds something that was tuned anew, once."""
+        """Write every part once more, with what was tuned; the first ones stay, for a run that must make one again."""
         for part in (ENDS, *(part_name(k) for k in range(self.source.map.n_blocks))):
-            entry = self.journal.get(part)
-            own = {name: tensor for name, tensor in tensors.items() if name in entry.tensors}
-            if own and not entry.facts.get("tuned"):
-                self.journal.put(part, Entry({**entry.tensors, **own}, {**entry.facts, "tuned": True}))
+            if self.journal.facts(tuned_name(part)) is None:
+                entry = self.journal.get(part)
+                own = {name: tensor for name, tensor in tensors.items() if name in entry.tensors}
+                self.journal.put(tuned_name(part), Entry({**entry.tensors, **own}, entry.facts))
 
     # -- what is learnt from -----------------------------------------------------------------------------------------
 

@@ -79,13 +79,15 @@ def quantize(
     """
     check_device(device)
     checked = load_recipe(recipe, overrides, calibration=calibration)
+    if torch.is_inference_mode_enabled():
+        raise InputError("quantize cannot run under torch.inference_mode(): call it outside, or under torch.no_grad().")
     steady_allocation()  # before the first large tensor: a heap that has grown is used for the later ones too
     native.loaded()  # refuses a setting that it does not know before anything is written
     source = open_source(model, trust_remote_code=trust_remote_code)
     job = make_job(checked, source, device)
     check_calibration(checked, job, source, calibration)
     planned = make_plan(source, job, _plan_data(checked, job), device=device, spill=spill is not None)
-    check_memory(planned)
+    check_memory(planned, tunes=checked.tune is not None)
     batches = _batches(checked, job, source)
     data = token_sha256(batches) if batches else "none"
     options = RunOptions(device, None if spill is None else Path(spill), progress or silent)
@@ -117,7 +119,7 @@ def plan(
     check_calibration(checked, job, source, calibration)
     planned = make_plan(source, job, _plan_data(checked, job), device=device, spill=spill)
     result = {"model": _short(model), "recipe": checked.name, **planned}
-    check_memory(planned)
+    check_memory(planned, tunes=checked.tune is not None)
     return result
 
 
@@ -302,6 +304,12 @@ def check_calibration(recipe: Recipe, job: Job, source: SourceModel, calibration
         InputError: the method reads no text, or the sequences are longer than the model's context.
     """
     reads = reads_text(job)
+    part = recipe.calibration
+    if recipe.tune is not None and part.sequences <= part.batch_size:
+        raise InputError(
+            f"calibration.sequences = {part.sequences} make one batch of calibration.batch_size = {part.batch_size}, "
+            "and tuning judges on a batch that it does not learn from; use more sequences, or a smaller batch."
+        )
     longest = context_length(source)
     if reads and longest is not None and recipe.calibration.seqlen > longest:
         raise InputError(

@@ -100,6 +100,29 @@ def test_norms_can_be_left_alone(pico: Any, plain: Any, tmp_path: Path) -> None:
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
 
 
+def test_what_cannot_be_tuned_is_refused_or_said(pico: Any, plain: Any, tmp_path: Path) -> None:
+    recipe = tuned(plain())
+    recipe["calibration"] |= {"batch_size": 4}
+    with pytest.raises(InputError, match="make one batch"):
+        api.quantize(pico("llama"), tmp_path / "one", recipe)
+    assert not (tmp_path / "one").exists()
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        api.quantize(pico("llama"), tmp_path / "one", tuned(plain()))
+    bits = {**tuned(plain(), norms=False), "method": {"name": "rtn", "range": "minmax"}}
+    bits["spec"] = {"bits": 1, "group_size": 32}
+    report = api.quantize(pico("llama"), tmp_path / "bits", bits)
+    assert report["tuning"]["note"] == "nothing was tuned: the model has no scale or norm"
+
+
+@pytest.mark.parametrize("changes", [{"head": {"bits": 16}}, {"embedding": {"bits": 4}, "head": {"bits": 8}}])
+def test_heads_of_their_own_and_kept_matrices(changes: dict[str, Any], pico: Any, plain: Any, tmp_path: Path) -> None:
+    recipe = {**tuned(plain(), rate=0.001), **changes, "layers": [{"match": "*.down_proj", "keep": True}]}
+    report = api.quantize(pico("llama"), tmp_path / "out", recipe)
+    assert report["tuning"]["after"] <= report["tuning"]["before"] and report["tuning"]["note"] is None
+    assert not any("down_proj" in name for name in report["tuning"]["tuned"])
+    assert api.load(tmp_path / "out")(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
 def test_a_step_that_is_too_large_keeps_the_start(pico: Any, plain: Any, tmp_path: Path) -> None:
     model = pico("llama")
     api.quantize(model, tmp_path / "plain", plain())

@@ -72,6 +72,7 @@ class Inspection:
         nbytes: ``total``, ``linears``, ``embeddings`` and ``other``.
         parameters: of the whole model, a tied matrix counted once.
         linear_weights: weights of the linears, kept ones included.
+        tuning: divergence ``before`` and ``after``, and the ``step`` kept, of a tuned model; else None.
     """
 
     recipe: dict[str, Any]
@@ -79,6 +80,7 @@ class Inspection:
     nbytes: dict[str, int]
     parameters: int
     linear_weights: int
+    tuning: Mapping[str, Any] | None = None
 
     @property
     def bits_per_linear_weight(self) -> float | None:
@@ -100,6 +102,7 @@ class Inspection:
             "bits_per_linear_weight": self.bits_per_linear_weight,
             "bits_per_parameter": self.bits_per_parameter,
             "bytes": self.nbytes,
+            "tuning": None if self.tuning is None else {key: self.tuning[key] for key in ("before", "after", "step")},
             "layers": [
                 {
                     "name": layer.name,
@@ -169,7 +172,7 @@ def _totals(
             "the report is of another checkpoint, copy the folder again."
         )
     recipe = dict(config.recipe) | dict(report.get("recipe", {}))
-    return Inspection(recipe, tuple(layers), nbytes, sum(weights.values()), weights["linears"])
+    return Inspection(recipe, tuple(layers), nbytes, sum(weights.values()), weights["linears"], report.get("tuning"))
 
 
 def _parts_of_kept(matrices: Iterable[str]) -> dict[str, str]:

@@ -46,9 +46,9 @@ def write_checkpoint(
     companions = copy_companions(source.path, out)
     report = {**make_report(source, job, assignment, facts), "made_from": journal.fingerprint, "files": files}
     report["companions"] = companions
-    tuning = journal.facts(TUNED)
-    if tuning is not None:
-        report["tuning"] = {key: tuning[key] for key in ("before", "after", "step", "note")}
+    if job.recipe.get("tune"):
+        tuning = _facts(journal, TUNED)
+        report["tuning"] = {key: tuning[key] for key in ("before", "after", "step", "note", "tuned")}
     write_json(out / REPORT, report)
     recipe = {"name": job.recipe_name, "sha256": job.recipe_sha256}
     quantization = build_config(layouts, tied=tied, kept=kept, recipe=recipe)

@@ -29,6 +29,8 @@ SOLVER_COPIES = 4
 # Bytes of a group while its scale is tuned: start, factor, two moments, the best so far.
 TUNED_GROUP = 5 * FLOAT
 BYTE = 8
+# Float32 copies of a block's weights on the way back: dense, the stack of experts, gradients of both.
+BACKWARD_COPIES = 4
 # Float32 tensors of the shape of a sequence's logits alive at once: both models', their logarithms, and the way back.
 LOGIT_COPIES = 7
 # Hidden-width and intermediate-width float32 activations of one batch alive at once inside a block's forward, and as
@@ -107,8 +109,12 @@ def make_plan(
     }
 
 
-def check_memory(planned: dict[str, Any]) -> None:
+def check_memory(planned: dict[str, Any], *, tunes: bool = False) -> None:
     """Refuse a plan that does not fit.
+
+    Args:
+        planned: made by :func:`make_plan`.
+        tunes: the recipe tunes, which holds all blocks and can be left out.
 
     Raises:
         InputError: naming what is needed and what there is.
@@ -117,7 +123,8 @@ def check_memory(planned: dict[str, Any]) -> None:
         raise InputError(
             f"the run needs about {planned['peak_memory_bytes'] / 1e9:.1f} GB of memory and "
             f"{planned['available_memory_bytes'] / 1e9:.1f} GB are available; use fewer or shorter calibration "
-            "sequences, a smaller calibration.batch_size, or --spill FOLDER."
+            "sequences, a smaller calibration.batch_size, or --spill FOLDER"
+            + (", or leave tuning out with tune=null." if tunes else ".")
         )
 
 
@@ -156,7 +163,8 @@ def peak_memory(
     tuning = streams_tuned = 0
     if data is not None and job.recipe.get("tune"):
         streams_tuned = FLOAT * hidden * data[1] * (2 * min(data[2], data[0]) if spill else 2 * data[0])
-        tuning = FLOAT * outside + _tuning_memory(source, assignment, data) + weights + moving
+        kept = FLOAT * (sum(blocks) - sum(_quantized_weights(assignment).values()))
+        tuning = FLOAT * (outside + skipped) + kept + _tuning_memory(source, assignment, data) + weights + moving
     peaks = (streams + block, streams + capture, streams_tuned + tuning, _table_memory(source, assignment))
     return resident_memory() + OVERHEAD + max(peaks)
 
@@ -176,17 +184,25 @@ def _tuning_memory(source: SourceModel, assignment: Assignment, data: tuple[int,
             groups += rows * -(-columns // spec.columns_per_group(columns))
     states = FLOAT * min(batch, sequences) * seqlen * int(text.hidden_size) * source.map.n_blocks
     logits = LOGIT_COPIES * FLOAT * seqlen * int(text.vocab_size)
-    return codes + TUNED_GROUP * groups + tables + states + logits + 2 * FLOAT * _largest_block(assignment)
+    # The head in the type of the products, made again for every sequence.
+    head = FLOAT // 2 * int(text.vocab_size) * int(text.hidden_size)
+    block = BACKWARD_COPIES * FLOAT * _largest_block(assignment)
+    return codes + TUNED_GROUP * groups + tables + states + logits + head + block
 
 
 def _largest_block(assignment: Assignment) -> int:
     """Quantized weights of the block that has most of them."""
+    return max(_quantized_weights(assignment).values(), default=0)
+
+
+def _quantized_weights(assignment: Assignment) -> dict[int, int]:
+    """How many there are in each block."""
     counts: dict[int, int] = {}
     for name in assignment.specs:
         ref = assignment.refs[name]
         if ref.block >= 0:
             counts[ref.block] = counts.get(ref.block, 0) + ref.shape[0] * ref.shape[1]
-    return max(counts.values(), default=0)
+    return counts
 
 
 def _table_memory(source: SourceModel, assignment: Assignment) -> int:

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from bitfloor.calib.block import BlockRunner, Prepared
 from bitfloor.calib.capture import Call
 from bitfloor.calib.streams import Stream
+from bitfloor.core.bitpack import blocked
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.formats import native
@@ -124,8 +125,7 @@ class Student:
         tensors = {name: self._vector(name).to(kind).cpu() for name, kind in self.kinds.items()}
         for part in self.parts:
             for name, scales in part.scales.items():
-                full = f"{name}.scale"
-                tensors[full] = native.encode(name, scales.packed())[full].cpu()
+                tensors[f"{name}.scale"] = blocked(scales.scale().to(scales.stored)).cpu()
         return tensors
 
     def _vector(self, name: str) -> Tensor:
@@ -186,21 +186,25 @@ class Student:
         flow = hidden.grad
         self._update(vectors, {name: name for name in vectors}, update)
         for k in reversed(range(len(self.parts))):
-            part, state = self.parts[k], states.pop().requires_grad_(k > 0)
-            dense, vectors = self._leaves(part)
-            for leaf in (*dense.values(), *vectors.values()):
-                leaf.requires_grad_()
-            with torch.enable_grad():
-                output = part.runner.forward(state, batch, self._overrides(part, dense, vectors))
-                if output.requires_grad:
-                    torch.autograd.backward(output, flow)
-            flow = state.grad
-            for name, weight in dense.items():
-                if weight.grad is not None:
-                    scales = part.scales[name]
-                    update(f"{name}.scale", scales.factor, scales.gradient(weight.grad))
-            self._update(vectors, part.vectors, update)
+            flow = self._back(self.parts[k], states.pop().requires_grad_(k > 0), flow, batch, update)
         return total
+
+    def _back(self, part: Part, state: Tensor, flow: Tensor | None, batch: int, update: Update) -> Tensor | None:
+        """One block again, with gradients, and the update of what it holds; the gradient of what entered it."""
+        dense, vectors = self._leaves(part)
+        for leaf in (*dense.values(), *vectors.values()):
+            leaf.requires_grad_()
+        with torch.enable_grad():
+            output = part.runner.forward(state, batch, self._overrides(part, dense, vectors))
+            if output.requires_grad:
+                torch.autograd.backward(output, flow)
+        for name, weight in dense.items():
+            if weight.grad is not None:
+                scales = part.scales[name]
+                update(f"{name}.scale", scales.factor, scales.gradient(weight.grad))
+                weight.grad = None
+        self._update(vectors, part.vectors, update)
+        return state.grad
 
     def _update(self, vectors: Mapping[str, Tensor], names: Mapping[str, str], update: Update) -> None:
         for local, leaf in vectors.items():

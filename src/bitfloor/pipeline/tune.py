@@ -16,6 +16,7 @@ is journaled too, so a killed run goes on.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from bitfloor.solvers.adamw import AdamW
 
 HELD_OUT = 8  # one batch in so many is not learnt from
 LOOKS = 8  # at the held-out text, over the whole run
+STORE_AFTER = 120.0  # seconds without a stored state
 WARM_UP = 8  # steps, or a quarter of all
 
 
@@ -88,6 +90,7 @@ class Tuning:
         self.config = TuneConfig(**job.recipe["tune"])
         self.norms = self.config.norms
         self._streams: list[Stream] = []
+        self._began = time.monotonic()
 
     def execute(self) -> None:
         """Tune, unless the journal has the result already, and write all parts with it.
@@ -119,38 +122,66 @@ class Tuning:
     def _learn(self) -> Entry:
         with torch.no_grad():
             student, teacher = self._prepare()
-        steps = self.config.steps
         train, held = _share(len(self.batches))
         adam = AdamW()
         begun = self._resumed(student, adam)
         if begun is None:
-            before = _mean(student.divergence(i, teacher[i]) for i in held)
-            progress: dict[str, Any] = {"before": before, "after": before, "step": 0, "done": 0, "note": None}
-            best = student.snapshot()
+            best, before = student.snapshot(), self._judged(student, teacher, held)
+            progress: dict[str, Any] = {"before": before, "after": before, "step": 0, "done": 0}
+            progress |= {"note": None, "tuned": sorted(student.parameters)}
         else:
             progress, best = begun
-        order = _order(train, steps, int(self.job.recipe.get("seed", 0)))
-        every = max(1, -(-steps // LOOKS))
-        for t in range(progress["done"], steps):
-            warm = min(WARM_UP, max(1, steps // 4))
-            rate = self.config.rate * min(1.0, (t + 1) / warm) * (1.0 - t / steps)
-            loss = student.step(order[t], teacher[order[t]], _mover(adam, rate, t + 1))
-            if not math.isfinite(loss):
-                progress["note"] = f"a loss that is not finite at step {t + 1}; step {progress['step']} is kept"
-                break
-            progress["done"] = t + 1
-            if (t + 1) % every and t + 1 != steps:
-                continue
-            now = _mean(student.divergence(i, teacher[i]) for i in held)
-            if now < progress["after"]:
-                progress |= {"after": now, "step": t + 1}
-                best = student.snapshot()
-            self._tell(
-                f"tuning: step {t + 1} of {steps}, held-out divergence {now:.4g} ({progress['before']:.4g} before)"
+            self._tell(f"tuning: going on from step {progress['done']}")
+        if not student.parameters or not math.isfinite(progress["before"]):
+            progress["note"] = "nothing was tuned: " + (
+                "the divergence at the start is not finite" if student.parameters else "the model has no scale or norm"
             )
-            if t + 1 < steps:
-                self._store(student, adam, best, progress)
+        else:
+            best = self._steps(student, teacher, (train, held), adam, progress, best)
+        if progress["note"]:
+            self._tell(progress["note"], kind="note")
         return Entry(student.stored(best), progress)
+
+    def _steps(
+        self,
+        student: Student,
+        teacher: Stream,
+        share: tuple[Sequence[int], Sequence[int]],
+        adam: AdamW,
+        progress: dict[str, Any],
+        best: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """All steps that are left; the best parameters. ``progress`` is kept up to date."""
+        steps = self.config.steps
+        every = max(1, -(-steps // LOOKS))
+        warm = min(WARM_UP, max(1, steps // 4))
+        stored = time.monotonic()
+        for t in range(progress["done"], steps):
+            rate = self.config.rate * min(1.0, (t + 1) / warm) * (1.0 - t / steps)
+            batch = _drawn(share[0], t, int(self.job.recipe.get("seed", 0)))
+            loss = student.step(batch, teacher[batch], _mover(adam, rate, t + 1))
+            if not math.isfinite(loss):
+                progress["note"] = f"tuning met a loss that is not finite; step {progress['step']} of {t} is kept"
+                return best
+            progress["done"] = t + 1
+            look = (t + 1) % every == 0 or t + 1 == steps
+            if look:
+                now = self._judged(student, teacher, share[1])
+                if now < progress["after"]:
+                    progress |= {"after": now, "step": t + 1}
+                    best = student.snapshot()
+                before = progress["before"]
+                self._tell(f"tuning: step {t + 1} of {steps}, held-out divergence {now:.4g} ({before:.4g} before)")
+            if t + 1 < steps and (look or time.monotonic() - stored > STORE_AFTER):
+                self._store(student, adam, best, progress)
+                stored = time.monotonic()
+        return best
+
+    def _judged(self, student: Student, teacher: Stream, held: Sequence[int]) -> float:
+        """Mean divergence over the tokens of the held-out batches."""
+        counts = [self.batches[i].numel() for i in held]
+        found = [student.divergence(i, teacher[i]) * count for i, count in zip(held, counts, strict=True)]
+        return sum(found) / sum(counts)
 
     def _prepare(self) -> tuple[Student, Stream]:
         """The quantized model's small parameters, and the float model's last hidden states."""
@@ -176,6 +207,8 @@ class Tuning:
         inputs = self._stream("tuned")
         with _poured(source, tables if embedding is not None else {}):
             again = capture(source.skeleton, path, batches, inputs)
+        if embedding is not None and not self.assignment.tied:
+            tables.pop(embedding.param, None)  # what enters the first block is known now
         return Student(self, again.calls, inputs, batches, head, tables), teacher
 
     def runner(self, k: int, calls: Sequence[Sequence[Call]]) -> BlockRunner:
@@ -211,8 +244,9 @@ class Tuning:
         adam.moments = of("moments.")
         return dict(entry.facts), of("best.")
 
-    def _tell(self, message: str) -> None:
-        self.options.progress(Event("stage", blocks=self.source.map.n_blocks, message=message))
+    def _tell(self, message: str, kind: str = "stage") -> None:
+        seconds = time.monotonic() - self._began
+        self.options.progress(Event(kind, blocks=self.source.map.n_blocks, seconds=seconds, message=message))
 
 
 @contextmanager
@@ -233,21 +267,13 @@ def _mover(adam: AdamW, rate: float, t: int) -> Update:
 
 
 def _share(count: int) -> tuple[list[int], list[int]]:
-    """Batches to learn from, and those held out: every so many, at least one; a single batch is both."""
-    held = list(range(HELD_OUT - 1, count, HELD_OUT)) or [count - 1]
-    train = [i for i in range(count) if i not in held]
-    return train or held, held
+    """Batches to learn from, and those held out: every so many, at least one."""
+    held = list(range(HELD_OUT - 1, count, HELD_OUT)) or [0]
+    return [i for i in range(count) if i not in held], held
 
 
-def _order(train: Sequence[int], steps: int, seed: int) -> list[int]:
-    """The batch of every step: all in random order, then again."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < steps:
-        order += [train[at] for at in torch.randperm(len(train), generator=generator).tolist()]
-    return order[:steps]
-
-
-def _mean(values: Iterator[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+def _drawn(train: Sequence[int], t: int, seed: int) -> int:
+    """The batch of step ``t``: all in random order, then again in another."""
+    turn, at = divmod(t, len(train))
+    generator = torch.Generator().manual_seed(seed + turn)
+    return train[int(torch.randperm(len(train), generator=generator)[at])]

@@ -140,7 +140,7 @@ class CalibrationPart(_Part):
 class TunePart(_Part):
     """A last stage that learns scales and norms of the whole quantized model; ``tune: null`` leaves it out."""
 
-    steps: Count = Field(description="a positive number of updates, each on one batch of the calibration text")
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = Field(description="a number of updates from 1 to 1000000")
     rate: Annotated[float, Field(gt=0, le=1)] = Field(default=0.003, description="a step, more than 0 and at most 1")
     norms: bool = Field(default=True, description="true or false")
 

@@ -9,8 +9,6 @@ learned is what is stored. End-to-end learning of scales with frozen codes is th
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,7 @@ class TunedScales:
     """The learnable scales of one packed matrix.
 
     Args:
-        weight: see :func:`tunable`.
+        weight: see :func:`tunable`; its codes are unpacked to a byte each, and nothing else of it is kept.
 
     Raises:
         ValueError: a matrix that is not tunable.
@@ -38,8 +36,8 @@ class TunedScales:
     def __init__(self, weight: PackedWeight) -> None:
         if not tunable(weight):
             raise ValueError("only a matrix of one segment with zero-points has scales to tune")
-        self.weight = weight
         segment = weight.segments[0]
+        self.shape, self.size, self.stored = weight.shape, segment.group_size, segment.scale.dtype
         given = segment.zero
         zero = given if isinstance(given, Tensor) else torch.full_like(segment.scale, float(given or 0))
         small = torch.int8 if segment.bits < 8 else torch.int16
@@ -51,18 +49,13 @@ class TunedScales:
 
     def scale(self) -> Tensor:
         """``[O, G]`` float32, as stored."""
-        return stored_scale(self.start * self.factor, self.weight.segments[0].scale.dtype)
+        return stored_scale(self.start * self.factor, self.stored)
 
     def dense(self) -> Tensor:
         """The weight ``[O, I]`` float32 at the present factors."""
         wide = self.centred.float().mul_(self.scale().unsqueeze(-1))
-        return wide.flatten(1)[:, : self.weight.shape[1]].contiguous()
+        return wide.flatten(1)[:, : self.shape[1]].contiguous()
 
     def gradient(self, grad: Tensor) -> Tensor:
         """``dL/df [O, G]`` from the gradient ``[O, I]`` with respect to :meth:`dense`."""
-        return (grouped(grad.float(), self.weight.segments[0].group_size) * self.centred).sum(-1) * self.start
-
-    def packed(self) -> PackedWeight:
-        """The matrix with its present scales."""
-        segment = self.weight.segments[0]
-        return replace(self.weight, segments=(replace(segment, scale=self.scale().to(segment.scale.dtype)),))
+        return (grouped(grad.float(), self.size) * self.centred).sum(-1) * self.start

@@ -23,7 +23,7 @@ import tables
 
 OUT = record.ROOT / "docs" / "figures" / "bits-perplexity.svg"
 # Dark enough for white, light enough for black (contrast of 3 or more to both).
-COLOURS = ("#d9480f", "#1c7ed6", "#2b8a3e", "#9c36b5", "#b08800", "#0b8a9b")
+COLOURS = ("#d9480f", "#1c7ed6", "#2b8a3e", "#9c36b5", "#b08800", "#0b8a9b", "#c2255c", "#495057")
 PEER = ", its best setting"  # ends the name of a line of other software
 SAME_TEXT = "+calibration.batch_size-4"  # a change to a preset that is not another method
 WIDTH, HEIGHT = 400, 330

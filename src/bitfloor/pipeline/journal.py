@@ -1,8 +1,11 @@
-"""The journal of a run: one immutable, checksummed file a block, and what they were made from.
+"""The journal of a run: one checksummed file a block, and what they were made from.
 
     OUT/.bitfloor/run.json            the fingerprint of the run: recipe, model, data, device, threads, versions
     OUT/.bitfloor/block-00012.safetensors
     OUT/.bitfloor/ends.safetensors    embedding, head and everything outside the blocks
+    OUT/.bitfloor/tuning.safetensors, tuned.safetensors, tuned-*.safetensors
+                                      what the last stage has learnt so far (replaced as it goes), its result, and the
+                                      parts with it
 
 A file appears under its name only when it is complete and on the device. Whatever a killed run leaves behind is either
 such a file or a temporary one that the next attempt overwrites. A file that does not match its checksum is made again.

@@ -27,6 +27,7 @@ COLOURS = ("#d9480f", "#1c7ed6", "#2b8a3e", "#9c36b5", "#b08800", "#0b8a9b", "#c
 PEER = ", its best setting"  # ends the name of a line of other software
 SAME_TEXT = "+calibration.batch_size-4"  # a change to a preset that is not another method
 WIDTH, HEIGHT = 400, 330
+LEGEND_ROW = 20
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 44
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #777 }
@@ -161,16 +162,29 @@ def drawn(line: Series, axes: Axes, colour: str) -> list[str]:
     return out
 
 
-def legend(names: Sequence[str], colours: Mapping[str, str]) -> list[str]:
-    """Names of the lines in a row below the panels."""
-    out, x = [], LEFT
+def legend_rows(names: Sequence[str]) -> list[list[tuple[int, str]]]:
+    """Names with their place, in as many rows as the width of both panels needs."""
+    rows: list[list[tuple[int, str]]] = [[]]
+    x = LEFT
     for name in names:
-        fill = "none" if name.endswith(PEER) else colours[name]
-        out.append(
-            f'<circle cx="{x}" cy="{HEIGHT + 12}" r="4.5" fill="{fill}" stroke="{colours[name]}" stroke-width="1.6"/>'
-        )
-        out.append(f'<text x="{x + 10}" y="{HEIGHT + 16}">{escape(name)}</text>')
-        x += 30 + 7 * len(name)
+        width = 30 + 7 * len(name)
+        if rows[-1] and x + width > 2 * WIDTH:
+            rows.append([])
+            x = LEFT
+        rows[-1].append((x, name))
+        x += width
+    return rows
+
+
+def legend(rows: Sequence[Sequence[tuple[int, str]]], colours: Mapping[str, str]) -> list[str]:
+    """Names of the lines below the panels."""
+    out = []
+    for row, entries in enumerate(rows):
+        y = HEIGHT + 12 + LEGEND_ROW * row
+        for x, name in entries:
+            fill = "none" if name.endswith(PEER) else colours[name]
+            out.append(f'<circle cx="{x}" cy="{y}" r="4.5" fill="{fill}" stroke="{colours[name]}" stroke-width="1.6"/>')
+            out.append(f'<text x="{x + 10}" y="{y + 4}">{escape(name)}</text>')
     return out
 
 
@@ -196,10 +210,12 @@ def draw(results: Mapping[str, Mapping[str, Any]]) -> str:
     for index, (title, lines, exact) in enumerate(panels):
         inner = "\n".join(panel(title, lines, exact, colours))
         body.append(f'<g transform="translate({index * WIDTH} 0)">\n{inner}\n</g>')
-    size = f'width="{2 * WIDTH}" height="{HEIGHT + 30}" viewBox="0 0 {2 * WIDTH} {HEIGHT + 30}"'
+    rows = legend_rows(names)
+    height = HEIGHT + 10 + LEGEND_ROW * len(rows)
+    size = f'width="{2 * WIDTH}" height="{height}" viewBox="0 0 {2 * WIDTH} {height}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
     title = "<title>Stored bits per linear weight against perplexity</title>"
-    inside = "\n".join([title, f"<style>{STYLE}</style>", *body, *legend(names, colours)])
+    inside = "\n".join([title, f"<style>{STYLE}</style>", *body, *legend(rows, colours)])
     return f"{head}\n{inside}\n</svg>\n"
 
 

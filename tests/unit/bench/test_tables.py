@@ -273,6 +273,13 @@ def test_memory_and_determinism_tables() -> None:
     assert "| two runs, 2 thread(s) | **different** |" in text
 
 
+def test_a_long_legend_is_broken_into_rows_that_fit() -> None:
+    names = [f"a method with a long name {i}" for i in range(9)]
+    rows = figure.legend_rows(names)
+    assert [name for row in rows for _, name in row] == names and len(rows) > 1
+    assert all(x + 10 + 7 * len(name) <= 2 * figure.WIDTH for row in rows for x, name in row)
+
+
 def test_figure_is_well_formed_and_holds_every_point(results: Path) -> None:
     made = figure.draw(tables.load_results(results))
     assert made == figure.draw(tables.load_results(results))

@@ -148,7 +148,23 @@ def make_matrix(numbers: Numbers, layout: dict[str, Any]) -> tuple[dict[str, byt
         for column, channel in enumerate(channels):
             for r in range(rows):
                 dense[r, channel] = f32(dense[r, channel] + stored[r, column])
+    if "rotation" in layout:
+        dense = (dense.astype(np.float64) @ rotation_matrix(inputs, layout["rotation"])).astype(f32)
     return {name: bytes(data) for name, data in parts.items() if data}, dense
+
+
+def rotation_matrix(inputs: int, size: int) -> np.ndarray:
+    """``R [I, I]``: entry ``(i, j)`` of a block of ``n`` is ``(-1)^(ones in the bits of i and j) / sqrt(n)``."""
+    matrix = np.zeros((inputs, inputs))
+    start, block = 0, size
+    while start < inputs:
+        while block > inputs - start:
+            block //= 2
+        for i in range(block):
+            for j in range(block):
+                matrix[start + i, start + j] = (-1.0) ** (i & j).bit_count() / block**0.5
+        start += block
+    return matrix
 
 
 def segment(
@@ -189,6 +205,7 @@ MATRICES = {
     "salient": matrix((17, 45), [segment(9, 4, 9), segment(36, 1, 36, "offset", True)], order=(1, 45)),
     "groups": matrix((5, 40), [segment(16, 3, 16), segment(16, 2, 16), segment(8, 1, 16, "offset")], order=(16, 3)),
     "planes": matrix((4, 300), [segment(20, 2, 8), segment(6, 5, 6, 0)], "bfloat16", order=(1, 26)),
+    "rotated": {**matrix((6, 43), [segment(43, 3, 16)]), "rotation": 16},
 }
 
 

@@ -86,8 +86,13 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
     return codes.float() * scale + shift
 
 
-def pack(codes: Tensor, grid: Grid) -> PackedWeight:
+def pack(codes: Tensor, grid: Grid, rotation: int = 0) -> PackedWeight:
     """Store codes and grid in one segment. All groups must have the same width.
+
+    Args:
+        codes: ``[O, I]`` uint8.
+        grid: of one width.
+        rotation: of the matrix that was quantized, see :class:`bitfloor.core.packed.PackedWeight`.
 
     Raises:
         ValueError: the grid mixes widths (those are sorted into segments by the mixed-precision methods).
@@ -106,7 +111,7 @@ def pack(codes: Tensor, grid: Grid) -> PackedWeight:
         zero=zero,
         offset=None if grid.offset is None else grid.offset.to(grid.scale_dtype),
     )
-    return PackedWeight((codes.shape[0], codes.shape[1]), (segment,))
+    return PackedWeight((codes.shape[0], codes.shape[1]), (segment,), rotation=rotation)
 
 
 def join_groups(parts: Sequence[Grid], group_size: int) -> Grid:

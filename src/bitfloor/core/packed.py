@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitfloor.core.bitpack import pack_tiles, row_blocks, unpack_tiles
+from bitfloor.core.rotation import rotate
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +63,15 @@ class PackedWeight:
             them, cut at ``I``) that follow each other in storage. None means natural order. An order may leave a
             channel out (its weight is zero) or repeat one (the planes add up).
         order_unit: channels per entry of ``order``.
+        rotation: block size of the rotation of the input channels that what is stored must be multiplied with
+            (:mod:`bitfloor.core.rotation`), after the columns were put into natural order; 0 for none.
     """
 
     shape: tuple[int, int]
     segments: tuple[Segment, ...]
     order: Tensor | None = None
     order_unit: int = 1
+    rotation: int = 0
 
 
 def pack_segment(
@@ -147,7 +151,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
     index = column_index(weight)
     if index is not None:
         stored = stored.new_zeros(rows, columns).index_add_(1, index, stored)
-    return stored.to(dtype)
+    return rotate(stored, weight.rotation).to(dtype)
 
 
 def order_dtype(weight: PackedWeight) -> torch.dtype:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from bitfloor.core.errors import InputError
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
+LARGEST_ROTATION = 1024
 SCALE_DTYPES = ("float16", "bfloat16")
+
+
+ROTATIONS = f"0 (none) or a power of two from 2 to {LARGEST_ROTATION}"
+
+
+def is_rotation(size: int) -> bool:
+    """Whether ``size`` is the block size of a rotation, or 0 for none."""
+    return size == 0 or (2 <= size <= LARGEST_ROTATION and size & (size - 1) == 0)
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,8 @@ class QuantSpec:
             group, stored at ``bits`` bits. One-bit grids have no useful integer zero-point and always store a 16-bit
             offset instead.
         scale_dtype: ``"float16"`` or ``"bfloat16"``.
+        rotation: input channels that a Hadamard matrix mixes before rounding, a power of two from 2 to 1024; 0 for
+            none. See :mod:`bitfloor.core.rotation`.
 
     Raises:
         InputError: a value outside these ranges.
@@ -30,6 +41,7 @@ class QuantSpec:
     group_size: int
     symmetric: bool = False
     scale_dtype: str = "float16"
+    rotation: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -41,6 +53,8 @@ class QuantSpec:
             )
         if self.scale_dtype not in SCALE_DTYPES:
             raise InputError(f"scale_dtype = {self.scale_dtype!r} is unknown; use float16 or bfloat16.")
+        if not is_rotation(self.rotation):
+            raise InputError(f"rotation = {self.rotation} is no block size; use {ROTATIONS}.")
 
     def columns_per_group(self, in_features: int) -> int:
         """Group size for a matrix with ``in_features`` columns: never larger than the row itself."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bitfloor.core.errors import InputError
+from bitfloor.core.spec import is_rotation
 
 QUANT_METHOD = "bitfloor"
 FORMAT_VERSION = 0
@@ -21,6 +22,7 @@ SCALE_TYPES = {"float16": "F16", "bfloat16": "BF16"}
 PARTS = ("codes", "scale", "zero", "offset", "channel_scale", "order")
 LAYOUT_KEYS = {"shape", "kind", "transposed", "scale_dtype", "segments", "order"}
 SEGMENT_KEYS = {"columns", "bits", "group_size", "zero", "offset", "channel_scale"}
+OPTIONAL_KEYS = {"rotation"}  # absent for none
 CONFIG_KEYS = {"quant_method", "format_version", "layouts", "matrices", "orders", "tied", "kept", "recipe"}
 
 Layout = dict[str, Any]
@@ -82,7 +84,7 @@ def check_layout(layout: Any, where: str) -> Layout:
     Raises:
         InputError: a key is missing or unknown, or a value is out of range.
     """
-    _check_keys(layout, LAYOUT_KEYS, where)
+    _check_keys(layout, LAYOUT_KEYS, where, OPTIONAL_KEYS)
     rows_columns, segments, order = layout["shape"], layout["segments"], layout["order"]
     if not (_is_list(rows_columns) and len(rows_columns) == 2 and all(_is_count(n) for n in rows_columns)):
         raise _bad(where, "shape", rows_columns)
@@ -92,6 +94,9 @@ def check_layout(layout: Any, where: str) -> Layout:
         raise _bad(where, "transposed", layout["transposed"])
     if layout["scale_dtype"] not in SCALE_TYPES:
         raise _bad(where, "scale_dtype", layout["scale_dtype"])
+    rotation = layout.get("rotation", 2)
+    if isinstance(rotation, bool) or not isinstance(rotation, int) or not rotation or not is_rotation(rotation):
+        raise _bad(where, "rotation", rotation)
     if not (_is_list(segments) and segments):
         raise _bad(where, "segments", segments)
     for index, segment in enumerate(segments):
@@ -127,10 +132,10 @@ def _check_segment(segment: Any, where: str) -> None:
         raise _bad(where, "zero", f"{zero} together with offset {segment['offset']}")
 
 
-def _check_keys(value: Any, expected: set[str], where: str) -> None:
+def _check_keys(value: Any, expected: set[str], where: str, optional: Iterable[str] = ()) -> None:
     if not isinstance(value, Mapping):
         raise InputError(f"the {QUANT_METHOD} configuration is damaged: {where} is {value!r}, not a table.")
-    if unknown := sorted(set(value) - expected):
+    if unknown := sorted(set(value) - expected - set(optional)):
         raise InputError(
             f"{where} has the unknown key {unknown[0]!r}; this checkpoint needs a newer bitfloor, install that one."
         )

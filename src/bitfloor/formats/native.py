@@ -63,7 +63,7 @@ def layout(weight: PackedWeight, kind: str = "linear", transposed: bool = False)
         kind: ``"linear"``, ``"conv1d"``, ``"expert"``, ``"embedding"`` or ``"head"``.
         transposed: the model's own parameter is ``[I, O]``.
     """
-    return {
+    found: Layout = {
         "shape": list(weight.shape),
         "kind": kind,
         "transposed": transposed,
@@ -81,6 +81,9 @@ def layout(weight: PackedWeight, kind: str = "linear", transposed: bool = False)
         ],
         "order": None if weight.order is None else {"unit": weight.order_unit, "count": weight.order.numel()},
     }
+    if weight.rotation:
+        found["rotation"] = weight.rotation
+    return found
 
 
 def encode(name: str, weight: PackedWeight, order_of: str | None = None) -> dict[str, Tensor]:
@@ -175,4 +178,4 @@ def assemble(layout: Layout, parts: Mapping[str, Tensor], rows: int) -> PackedWe
         start, at_code, at_group = start + columns, at_code + code_width, at_group + count
     order = parts["order"].to(torch.int64) if layout["order"] is not None else None
     unit = layout["order"]["unit"] if layout["order"] is not None else 1
-    return PackedWeight((rows, layout["shape"][1]), tuple(segments), order, unit)
+    return PackedWeight((rows, layout["shape"][1]), tuple(segments), order, unit, layout.get("rotation", 0))

@@ -12,10 +12,11 @@ import torch
 from bitfloor.core.affine import Grid, pack
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.packed import PackedWeight, segment_codes
+from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, Need
 from bitfloor.methods.gptq import Gptq
-from bitfloor.methods.learning import learn_block, learning_of
+from bitfloor.methods.learning import learn_block, learning_of, turned
 from bitfloor.methods.options import BitfloorConfig
 from bitfloor.solvers.block_opt import Schedule
 from bitfloor.solvers.refine import Refinement
@@ -61,7 +62,10 @@ class Bitfloor:
             return result
         began = time.perf_counter()
         learnt = {
-            name: Refinement(block.weight(name), *codes_and_grid(result.weights[name], spec))
+            name: turned(
+                Refinement(rotate(block.weight(name), spec.rotation), *codes_and_grid(result.weights[name], spec)),
+                spec,
+            )
             for name, spec in specs.items()
         }
         config = self.config
@@ -70,7 +74,7 @@ class Bitfloor:
         seconds = (time.perf_counter() - began) / len(specs)
         result.learning = learning_of(outcome)
         for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
-            result.weights[name] = pack(codes, grid)
+            result.weights[name] = pack(codes, grid, specs[name].rotation)
             before = result.reports[name]
             notes = [note for note in (before.note, outcome.note if index == 0 else None) if note]
             # The codes have moved: what the start said of this matrix's own output no longer holds.

@@ -15,6 +15,7 @@ from bitfloor.core.affine import Grid, decode, encode, pack
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.metrics import output_error
 from bitfloor.core.packed import dequantize
+from bitfloor.core.rotation import rotate, rotate_both
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need, stages
 from bitfloor.methods.options import GptqConfig
@@ -82,23 +83,31 @@ class Gptq:
         for spec in dict.fromkeys(specs[name] for name in group):
             began = time.perf_counter()
             names = [name for name in group if specs[name] == spec]
-            weights = [block.weight(name) for name in names]
+            weights = [rotate(block.weight(name), spec.rotation) for name in names]
+            hessian = rotate_both(seen.hessian.total, spec.rotation)
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            solved, note = self._solved(stacked, seen, spec)
+            solved, note = self._solved(stacked, seen, hessian, spec)
             seconds = (time.perf_counter() - began) / len(names)
             rows = [weight.shape[0] for weight in weights]
             parts = zip(
                 names, solved.target.split(rows), solved.codes.split(rows), split_grid(solved.grid, rows), strict=True
             )
             for name, target, code, own in parts:
-                error = output_error(target, decode(code, own), seen.hessian.total) if seen.hessian.rows else None
-                result.weights[name] = pack(code, own)
+                error = output_error(target, decode(code, own), hessian) if seen.hessian.rows else None
+                result.weights[name] = pack(code, own, spec.rotation)
                 result.reports[name] = MatrixReport(error, seconds, note)
 
-    def _solved(self, weight: Tensor, seen: _Seen, spec: QuantSpec) -> tuple[GptqResult, str | None]:
-        """One stacked matrix on its grid, and a note when something other than plain GPTQ was done."""
+    def _solved(self, weight: Tensor, seen: _Seen, hessian: Tensor, spec: QuantSpec) -> tuple[GptqResult, str | None]:
+        """One stacked matrix on its grid, and a note when something other than plain GPTQ was done.
+
+        Args:
+            weight: ``[O, I]``, rotated if it is to be.
+            seen: what the calibration text showed, not rotated.
+            hessian: ``[I, I]`` of the rotated inputs.
+            spec: storage.
+        """
         config, columns = self.config, weight.shape[1]
-        hessian, rows = seen.hessian.total, seen.hessian.rows
+        rows = seen.hessian.rows
         if rows < MIN_TOKENS_PER_CHANNEL * columns:
             grid = search_grid(weight, torch.ones(columns, device=weight.device), spec)
             note = f"saw {rows} calibration tokens for {columns} input channels; rounded to nearest instead"
@@ -115,7 +124,7 @@ class Gptq:
             grids,
             damping=config.damping,
             act_order=config.act_order,
-            drift=None if seen.drift is None else seen.drift.total,
+            drift=None if seen.drift is None else rotate_both(seen.drift.total, spec.rotation),
             correction=config.correction,
         )
         if config.sweeps:

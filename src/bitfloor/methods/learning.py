@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitfloor.core.rotation import rotate
+from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, Learning
 from bitfloor.solvers.block_opt import Learnable, Outcome, Schedule, optimise
 
 FIXED_BATCHES = 4  # spread over the text; they decide which step is best
+
+
+class Turned:
+    """A learnable that was made of a rotated matrix, seen from the block, which knows nothing of the rotation."""
+
+    def __init__(self, inner: Learnable, rotation: int) -> None:
+        self.inner, self.rotation = inner, rotation
+
+    def fake_quantized(self) -> Tensor:
+        return rotate(self.inner.fake_quantized(), self.rotation)
+
+    def step(self, grad: Tensor, rate: float, range_rate: float) -> None:
+        self.inner.step(rotate(grad, self.rotation), rate, range_rate)
+
+    def snapshot(self) -> Any:
+        return self.inner.snapshot()
+
+
+def turned(learnt: Learnable, spec: QuantSpec) -> Learnable:
+    """What the block sees of a learnable made of a matrix rotated as ``spec`` says."""
+    return Turned(learnt, spec.rotation) if spec.rotation else learnt
 
 
 def learn_block(

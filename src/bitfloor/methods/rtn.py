@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from bitfloor.calib.stats import MomentSum
 from bitfloor.core.affine import decode, encode, pack
 from bitfloor.core.errors import BitfloorError
+from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need, stages
 from bitfloor.methods.options import RtnConfig
@@ -47,7 +48,7 @@ class Rtn:
         result = BlockResult()
         for name, spec in specs.items():
             began = time.perf_counter()
-            weight = block.weight(name)
+            weight = rotate(block.weight(name), spec.rotation)
             seen = moments[name].mean() if name in moments else None
             note = None
             if seen is not None and not moments[name].rows:
@@ -56,20 +57,26 @@ class Rtn:
             grid = minmax_grid(weight, spec) if seen is None else search_grid(weight, seen, spec)
             codes = encode(weight, grid)
             error = None if seen is None else _diagonal_error(weight, decode(codes, grid), seen)
-            result.weights[name] = pack(codes, grid)
+            result.weights[name] = pack(codes, grid, spec.rotation)
             result.reports[name] = MatrixReport(error, time.perf_counter() - began, note)
         return result
 
-    def _moments(self, block: Block, inputs: Batches, names: Iterable[str]) -> dict[str, MomentSum]:
-        """Second moments of the inputs of every matrix; those fed by one tensor share one sum."""
+    def _moments(self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec]) -> dict[str, MomentSum]:
+        """Second moments of the inputs of every matrix, rotated like it; those fed by one tensor share one sum."""
         sums: dict[str, MomentSum] = {}
-        leaders: list[str] = []
-        for group in (group for stage in stages(block, inputs, names) for group in stage):
+        views: dict[str, dict[int, MomentSum]] = {}  # leader of an input group -> rotation -> sum
+        for group in (group for stage in stages(block, inputs, specs) for group in stage):
             weight = block.weight(group[0])
-            sums.update(dict.fromkeys(group, MomentSum(weight.shape[1], weight.device)))
-            leaders.append(group[0])
-        block.observe(inputs, lambda name, x: sums[name].add(x), leaders)
-        for name in leaders:
+            own = {specs[name].rotation: MomentSum(weight.shape[1], weight.device) for name in group}
+            sums.update({name: own[specs[name].rotation] for name in group})
+            views[group[0]] = own
+
+        def add(name: str, x: Tensor) -> None:
+            for rotation, moments in views[name].items():
+                moments.add(rotate(x, rotation))
+
+        block.observe(inputs, add, list(views))
+        for name in views:
             if not bool(torch.isfinite(sums[name].total).all()):
                 raise BitfloorError(
                     f"the calibration activations that enter {name} hold NaN or infinite values; check the model."

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from bitfloor.core.affine import pack
 from bitfloor.core.heap import trim_heap
+from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need
-from bitfloor.methods.learning import learn_block, learning_of
+from bitfloor.methods.learning import learn_block, learning_of, turned
 from bitfloor.methods.options import SignroundConfig
 from bitfloor.solvers.block_opt import Schedule
 from bitfloor.solvers.signround import SignRound
@@ -55,7 +56,10 @@ class Signround:
             return result
         began = time.perf_counter()
         config = self.config
-        learnt = {name: SignRound(block.weight(name), spec, tune_range=config.ranges) for name, spec in specs.items()}
+        learnt = {
+            name: turned(SignRound(rotate(block.weight(name), spec.rotation), spec, tune_range=config.ranges), spec)
+            for name, spec in specs.items()
+        }
         schedule = Schedule(
             steps=config.steps,
             rate=config.rate,
@@ -68,7 +72,7 @@ class Signround:
         seconds = (time.perf_counter() - began) / len(specs)
         result.learning = learning_of(outcome)
         for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
-            result.weights[name] = pack(codes, grid)
+            result.weights[name] = pack(codes, grid, specs[name].rotation)
             # What went wrong concerns the whole block; it is said once.
             result.reports[name] = MatrixReport(None, seconds, outcome.note if index == 0 else None)
         trim_heap()

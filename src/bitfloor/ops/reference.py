@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitfloor.core.packed import PackedWeight, Segment, dequantize
+from bitfloor.core.rotation import rotate
 
 # Weights of one panel. On a CPU the float32 panel should stay in its cache (1 MiB; 2.4 times faster than 16 MiB for a
 # short input); elsewhere a launch costs more than a round through memory.
@@ -31,23 +32,29 @@ def panels(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int,
 
 
 def linear(
-    x: Tensor, shape: tuple[int, int], panel: Callable[[int, int], PackedWeight], bias: Tensor | None = None
+    x: Tensor,
+    shape: tuple[int, int],
+    panel: Callable[[int, int], PackedWeight],
+    bias: Tensor | None = None,
+    rotation: int = 0,
 ) -> Tensor:
-    """``y = x W^T + bias`` with ``W`` dequantized panel by panel.
+    """``y = x W^T + bias`` with ``W`` dequantized panel by panel. A rotation is done to ``x``, once.
 
     Args:
         x: ``[..., I]`` floating point.
         shape: ``(O, I)`` of the packed matrix.
         panel: ``panel(start, stop)`` is the packed matrix of those rows; starts are multiples of 16.
         bias: ``[O]`` or None.
+        rotation: of the packed matrix.
 
     Returns:
         ``[..., O]`` in the dtype of ``x``.
     """
     parts = []
+    x = rotate(x, rotation)
     for start, stop in panels(*shape, x.device):
         part_bias = None if bias is None else bias[start:stop].to(x.dtype)
-        parts.append(F.linear(x, dequantize(panel(start, stop), x.dtype), part_bias))
+        parts.append(F.linear(x, dequantize(replace(panel(start, stop), rotation=0), x.dtype), part_bias))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -70,7 +77,7 @@ def row_panel(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """``y = x W^T + bias`` for a packed matrix: ``x [..., I]`` to ``[..., O]``, in the dtype of ``x``."""
-    return linear(x, weight.shape, lambda start, stop: row_panel(weight, start, stop), bias)
+    return linear(x, weight.shape, lambda start, stop: row_panel(weight, start, stop), bias, weight.rotation)
 
 
 def take_rows(weight: PackedWeight, rows: Tensor) -> PackedWeight:

@@ -31,6 +31,8 @@ TUNED_GROUP = 5 * FLOAT
 BYTE = 8
 # Float32 copies of a block's weights on the way back: dense, the stack of experts, gradients of both.
 BACKWARD_COPIES = 4
+# And beside those where matrices are rotated: what is rotated, and its result.
+ROTATED_COPIES = 2
 # Float32 tensors of the shape of a sequence's logits alive at once: both models', their logarithms, and the way back.
 LOGIT_COPIES = 7
 # Hidden-width and intermediate-width float32 activations of one batch alive at once inside a block's forward, and as
@@ -54,7 +56,7 @@ def spec_layout(ref: MatrixRef, spec: QuantSpec) -> Layout:
         "offset": offset,
         "channel_scale": False,
     }
-    return {
+    layout: Layout = {
         "shape": [rows, columns],
         "kind": ref.kind,
         "transposed": ref.transposed,
@@ -62,6 +64,9 @@ def spec_layout(ref: MatrixRef, spec: QuantSpec) -> Layout:
         "segments": [segment],
         "order": None,
     }
+    if spec.rotation:
+        layout["rotation"] = spec.rotation
+    return layout
 
 
 def make_plan(
@@ -152,7 +157,8 @@ def peak_memory(
         moving = FLOAT * batch * seqlen * (HIDDEN_COPIES * hidden + WIDEST_COPIES * widest)
         if Need.GRADIENTS in needs:
             kept = FLOAT * batch * seqlen * (KEPT_HIDDEN_COPIES * hidden + KEPT_WIDEST_COPIES * widest)
-            learning = job.method.learnt_bytes * _largest_block(assignment) + kept
+            rotated = ROTATED_COPIES * FLOAT if _rotates(assignment) else 0
+            learning = (job.method.learnt_bytes + rotated) * _largest_block(assignment) + kept
     # A block: its weights in float32, and once more dequantized, or what learns them.
     weights = FLOAT * max(blocks, default=0)
     block = weights + max(learning, weights + max(moving, _solver_memory(source, job, assignment)))
@@ -186,8 +192,14 @@ def _tuning_memory(source: SourceModel, assignment: Assignment, data: tuple[int,
     logits = LOGIT_COPIES * FLOAT * seqlen * int(text.vocab_size)
     # The head in the type of the products, made again for every sequence.
     head = FLOAT // 2 * int(text.vocab_size) * int(text.hidden_size)
-    block = BACKWARD_COPIES * FLOAT * _largest_block(assignment)
+    copies = BACKWARD_COPIES + (ROTATED_COPIES if _rotates(assignment) else 0)
+    block = copies * FLOAT * _largest_block(assignment)
     return codes + TUNED_GROUP * groups + tables + states + logits + head + block
+
+
+def _rotates(assignment: Assignment) -> bool:
+    """Whether any matrix is stored rotated."""
+    return any(spec.rotation for spec in assignment.specs.values())
 
 
 def _largest_block(assignment: Assignment) -> int:
@@ -225,13 +237,15 @@ def _solver_memory(source: SourceModel, job: Job, assignment: Assignment) -> int
             continue
         peers = [other for other in source.map.block_matrices(ref.block) if _together(ref, other)]
         stacked = FLOAT * sum(other.shape[0] * other.shape[1] for other in peers)
-        stack = stacked if len(peers) > 1 else 0
+        stack = stacked * ((len(peers) > 1) + bool(assignment.specs[ref.name].rotation))
         square = FLOAT * ref.shape[1] ** 2
         memory = stack + SOLVER_COPIES * stacked
         if Need.HESSIAN in needs:
             # Those of one stage are alive at once: one, or one an expert; with their drift if the method measures it.
             alive = max(1, sum(1 for other in source.map.block_matrices(ref.block) if other.param == ref.param))
             sums = alive * square * (2 if Need.EXACT in needs else 1)
+            if assignment.specs[ref.name].rotation:
+                sums += square * (2 if Need.EXACT in needs else 1)
             memory = stack + sums + square + max(2 * DOUBLE // FLOAT * square, SOLVER_COPIES * stacked)
         worst = max(worst, memory)
     return worst

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from bitfloor.core.errors import InputError
-from bitfloor.core.spec import BITS, QuantSpec
+from bitfloor.core.spec import BITS, ROTATIONS, QuantSpec, is_rotation
 
 WHOLE_ROW = -1
 
@@ -32,6 +32,12 @@ def _width(value: Any) -> Any:
 def _group(value: Any) -> Any:
     if type(value) is not int or (value != WHOLE_ROW and value < 1):
         raise PydanticCustomError("group", "no such group size")
+    return value
+
+
+def _rotation(value: Any) -> Any:
+    if type(value) is not int or not is_rotation(value):
+        raise PydanticCustomError("rotation", "no such rotation")
     return value
 
 
@@ -49,6 +55,7 @@ WIDTHS = f"one of {', '.join(map(str, BITS))}"
 GROUPS = "a positive number of columns, or -1 for whole rows"
 Width = Annotated[int, BeforeValidator(_width)]
 GroupSize = Annotated[int, BeforeValidator(_group)]
+Rotation = Annotated[int, BeforeValidator(_rotation)]
 PlainWidth = Annotated[int, BeforeValidator(_plain_width)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -77,8 +84,10 @@ class SpecPart(_Part):
     symmetric: bool = Field(default=False, description="true or false")
     scale_dtype: Literal["float16", "bfloat16"] = Field(default="float16", description="float16 or bfloat16")
 
+    rotation: Rotation = Field(default=0, description=ROTATIONS)
+
     def as_quant_spec(self) -> QuantSpec:
-        return QuantSpec(self.bits, self.group_size, self.symmetric, self.scale_dtype)
+        return QuantSpec(self.bits, self.group_size, self.symmetric, self.scale_dtype, self.rotation)
 
 
 class LayerRule(_Part):
@@ -88,13 +97,19 @@ class LayerRule(_Part):
     bits: Width | None = Field(default=None, description=WIDTHS)
     group_size: GroupSize | None = Field(default=None, description=GROUPS)
     symmetric: bool | None = Field(default=None, description="true or false")
+    rotation: Rotation | None = Field(default=None, description=ROTATIONS)
     keep: bool = Field(default=False, description="true (the matrix stays as it is) or false")
     reason: str | None = Field(default=None, description="a few words on why a matrix is kept")
 
     @property
     def changes(self) -> dict[str, Any]:
         """The parts of the spec that this rule sets."""
-        parts = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        parts = {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "rotation": self.rotation,
+        }
         return {key: value for key, value in parts.items() if value is not None}
 
     @model_validator(mode="after")
@@ -102,7 +117,7 @@ class LayerRule(_Part):
         if self.keep and self.changes:
             raise PydanticCustomError("rule", f"keeps the matrix and also sets {', '.join(self.changes)}; do only one")
         if not self.keep and not self.changes:
-            raise PydanticCustomError("rule", "changes nothing; give bits, group_size, symmetric, or keep: true")
+            raise PydanticCustomError("rule", "changes nothing; give bits, group_size, symmetric, rotation or keep")
         if self.reason is not None and not self.keep:
             raise PydanticCustomError("rule", "gives a reason without keep: true; remove it or keep the matrix")
         return self
@@ -207,7 +222,12 @@ class Recipe(_Part):
     def content(self) -> dict[str, Any]:
         """Everything that is *what*, as plain JSON values: the recipe without its name and description."""
         absent = {"tune"} if self.tune is None else set()
-        return self.model_dump(mode="json", exclude={"name", "description", *absent})
+        found = self.model_dump(mode="json", exclude={"name", "description", *absent})
+        # What came later is left out where it is not used, so that older recipes keep their hash.
+        for part in (found["spec"], *found["layers"]):
+            if not part["rotation"]:
+                del part["rotation"]
+        return found
 
     def sha256(self) -> str:
         """Hash of :meth:`content`; two recipes with the same hash ask for the same bytes."""

@@ -128,7 +128,7 @@ class PackedMatrix(nn.Module):
         """``x W^T + bias``: ``[..., I]`` to ``[..., O]`` in the dtype of ``x``."""
         if self._caching:
             return F.linear(x, self.dense(x.dtype), None if bias is None else bias.to(x.dtype))
-        return reference.linear(x, self.shape, self.panel, bias)
+        return reference.linear(x, self.shape, self.panel, bias, self.layout.get("rotation", 0))
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows ``ids [...]`` as ``[..., I]`` in the dtype of the activations; only their row blocks are read."""

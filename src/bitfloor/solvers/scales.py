@@ -5,6 +5,8 @@
 ``f [O, G]`` starts at 1. The scale is rounded through its storage type at every step, with gradient one, so what is
 learned is what is stored. End-to-end learning of scales with frozen codes is the second phase of EfficientQAT (arXiv
 2407.11062), there with the next token as the target.
+
+A matrix that is stored rotated is rotated back on the way out, and its gradient on the way in.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from bitfloor.core.affine import stored_scale
 from bitfloor.core.packed import PackedWeight, segment_codes
+from bitfloor.core.rotation import rotate
 from bitfloor.solvers.ranges import grouped
 
 
@@ -37,6 +40,7 @@ class TunedScales:
         if not tunable(weight):
             raise ValueError("only a matrix of one segment with zero-points has scales to tune")
         segment = weight.segments[0]
+        self.rotation = weight.rotation
         self.shape, self.size, self.stored = weight.shape, segment.group_size, segment.scale.dtype
         given = segment.zero
         zero = given if isinstance(given, Tensor) else torch.full_like(segment.scale, float(given or 0))
@@ -54,8 +58,8 @@ class TunedScales:
     def dense(self) -> Tensor:
         """The weight ``[O, I]`` float32 at the present factors."""
         wide = self.centred.float().mul_(self.scale().unsqueeze(-1))
-        return wide.flatten(1)[:, : self.shape[1]].contiguous()
+        return rotate(wide.flatten(1)[:, : self.shape[1]].contiguous(), self.rotation)
 
     def gradient(self, grad: Tensor) -> Tensor:
         """``dL/df [O, G]`` from the gradient ``[O, I]`` with respect to :meth:`dense`."""
-        return (grouped(grad.float(), self.size) * self.centred).sum(-1) * self.start
+        return (grouped(rotate(grad.float(), self.rotation), self.size) * self.centred).sum(-1) * self.start

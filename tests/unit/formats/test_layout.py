@@ -65,6 +65,12 @@ def test_equal_layouts_are_stored_once_and_a_round_trip_changes_nothing() -> Non
     assert len(config.tensors_of("a")) == 6 and len(config.tensors_of("b")) == 5
 
 
+def test_a_rotation_is_written_only_where_there_is_one() -> None:
+    content = build_config({"a": {**PLAIN, "rotation": 8}, "b": PLAIN}).to_dict()
+    assert ["rotation" in layout for layout in content["layouts"]] == [True, False]
+    assert parse_config(content).to_dict() == content
+
+
 def _set(content: dict[str, Any], path: str, value: Any) -> None:
     target: Any = content
     *steps, last = [int(part) if part.isdigit() else part for part in path.split("/")]
@@ -80,7 +86,8 @@ def _set(content: dict[str, Any], path: str, value: Any) -> None:
         ("format_version", None, "format_version None"),
         ("quant_method", "gptq", "not a bitfloor checkpoint"),
         ("rotations", [], "unknown key 'rotations'.*newer bitfloor"),
-        ("layouts/0/rotation", {}, "layout 0 has the unknown key 'rotation'"),
+        ("layouts/0/mirror", 4, "layout 0 has the unknown key 'mirror'"),
+        *(("layouts/0/rotation", bad, "rotation = ") for bad in (0, 1, 3, True, 2048, "64", None)),
         ("layouts/0/segments/1/codebook", 1, "segment 1 has the unknown key 'codebook'"),
         ("layouts/0/segments/1/bits", 7, "bits = 7"),
         ("layouts/0/segments/1/bits", True, "bits = True"),

@@ -69,7 +69,9 @@ def test_every_stored_width_is_accepted(bits: int) -> None:
         ({"layers": {"match": "*"}}, ("layers = ", "a list of rules")),
         ({"layers": [{"bits": 3}]}, ("layers[0].match is missing",)),
         ({"layers": [{"match": "*", "bits": 4}, {"match": "*", "bits": 9}]}, ("layers[1].bits = 9",)),
-        ({"layers": [{"match": "*"}]}, ("layers[0] changes nothing",)),
+        ({"layers": [{"match": "*"}]}, ("layers[0] changes nothing", "rotation")),
+        ({"layers": [{"match": "*", "rotation": 48}]}, ("layers[0].rotation = 48", "power of two")),
+        ({"spec": {"bits": 2, "group_size": 64, "rotation": True}}, ("spec.rotation = true", "power of two")),
         ({"layers": [{"match": "*", "keep": True, "bits": 3}]}, ("layers[0] keeps", "bits")),
         ({"layers": [{"match": "*", "bits": 3, "reason": "x"}]}, ("layers[0] gives a reason",)),
     ],
@@ -78,6 +80,16 @@ def test_a_bad_value_is_named_with_what_is_allowed(changes: dict[str, Any], part
     message = refusal(data(**changes))
     for part in parts:
         assert part in message
+
+
+def test_a_rotation_is_in_the_hash_only_where_it_is_used() -> None:
+    plain = parse_recipe(data(), "x")
+    zero = parse_recipe(data(spec={**data()["spec"], "rotation": 0}), "x")
+    turned = parse_recipe(data(spec={**data()["spec"], "rotation": 64}), "x")
+    rule = parse_recipe(data(layers=[{"match": "*.down_proj", "rotation": 64}]), "x")
+    assert plain.sha256() == zero.sha256() and "rotation" not in plain.content()["spec"]
+    assert len({plain.sha256(), turned.sha256(), rule.sha256()}) == 3
+    assert rule.decide("a.down_proj").spec.rotation == 64 and rule.decide("a.up_proj").spec.rotation == 0
 
 
 @pytest.mark.parametrize(

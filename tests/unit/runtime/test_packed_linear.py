@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.formats.layout import PARTS
 from bitfloor.formats.native import encode, layout
+from bitfloor.ops.reference import packed_linear
 from bitfloor.runtime.linear import (
     PackedEmbedding,
     PackedLinear,
@@ -52,6 +54,19 @@ def test_a_linear_layer_multiplies_with_its_matrix() -> None:
         module.dense(), dequantize(weight)
     )
     assert "24x4bit+36x1bit" in repr(module)
+
+
+def test_a_rotated_matrix_is_multiplied_with_a_rotated_input() -> None:
+    weight = replace(_weight(), rotation=16)
+    module = _linear(weight)
+    x = torch.randn(2, 5, 60, generator=torch.Generator().manual_seed(0))
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(module(x), nn.functional.linear(x, dequantize(weight), module.bias), **close)
+    torch.testing.assert_close(packed_linear(x, weight, module.bias), module(x))
+    assert torch.equal(module.dense(), dequantize(weight))
+    expected = module(x)
+    module.cache_weights()
+    torch.testing.assert_close(module(x), expected, **close)
 
 
 def test_gradients_reach_the_input() -> None:

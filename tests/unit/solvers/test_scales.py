@@ -7,6 +7,7 @@ import torch
 
 from bitfloor.core.affine import encode, pack
 from bitfloor.core.packed import PackedWeight, dequantize
+from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.solvers.adamw import AdamW
 from bitfloor.solvers.ranges import minmax_grid
@@ -16,12 +17,19 @@ from bitfloor.solvers.scales import TunedScales, tunable
 def packed(spec: QuantSpec, columns: int = 20) -> PackedWeight:
     weight = torch.randn(6, columns, generator=torch.Generator().manual_seed(0))
     grid = minmax_grid(weight, spec)
-    return pack(encode(weight, grid), grid)
+    return pack(encode(weight, grid), grid, spec.rotation)
 
 
-@pytest.mark.parametrize(
-    "spec", [QuantSpec(2, 8), QuantSpec(3, 7, True), QuantSpec(8, -1), QuantSpec(4, 8, False, "bfloat16")], ids=str
-)
+SPECS = [
+    QuantSpec(2, 8),
+    QuantSpec(3, 7, True),
+    QuantSpec(8, -1),
+    QuantSpec(4, 8, False, "bfloat16"),
+    QuantSpec(3, 8, rotation=8),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_the_start_is_the_stored_matrix_and_the_gradient_is_exact(spec: QuantSpec) -> None:
     weight = packed(spec)
     scales = TunedScales(weight)
@@ -29,6 +37,7 @@ def test_the_start_is_the_stored_matrix_and_the_gradient_is_exact(spec: QuantSpe
     assert torch.equal(scales.scale().to(scales.stored), weight.segments[0].scale)
     factor = torch.ones_like(scales.start, requires_grad=True)
     wide = (scales.centred.float() * (scales.start * factor).unsqueeze(-1)).flatten(1)[:, :20]
+    wide = rotate(wide, spec.rotation)
     grad = torch.randn(6, 20, generator=torch.Generator().manual_seed(1))
     torch.autograd.backward(wide, grad)
     assert factor.grad is not None

@@ -124,6 +124,26 @@ def test_stale_by_code(package: Path, tmp_path: Path) -> None:
     assert "the code has changed" in str(record.stale(path, package))
 
 
+def test_code_that_was_shown_to_give_the_same_bytes_is_the_same_code(package: Path, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "yardstick" / "x.json"
+    path.parent.mkdir(parents=True)
+    versions = [SOURCE.replace("0.25", str(limit)) for limit in (0.25, 0.5, 0.75)]
+    first, second, third = (hash_of(package, source) for source in versions)
+    parts = ["core", "one.py"]
+    path.write_text(json.dumps({"code": {"parts": parts, "sha256": first}}))
+
+    def shown(*pairs: tuple[str, str, str]) -> str | None:
+        told = [{"result": name, "parts": parts, "was": was, "is": now} for name, was, now in pairs]
+        (tmp_path / "results" / "unchanged.json").write_text(json.dumps({"pairs": told}))
+        return record.stale(path, package)
+
+    assert shown(("x", first, second), ("x", second, third)) is None
+    assert shown(("x", first, third)) is None
+    assert "the code has changed" in str(shown(("x", first, second)))
+    assert "the code has changed" in str(shown(("y", first, third)))
+    assert "the code has changed" in str(shown(("x", first, second), ("x", second, first)))
+
+
 def test_stale_by_recipe(tmp_path: Path) -> None:
     recipe: dict[str, Any] = {"preset": "gptq-w2g64", "overrides": ["embedding.bits=16"], "calibration": "a.txt"}
     recipe["sha256"] = record.recipe_sha256(**recipe)

@@ -1,0 +1,138 @@
+"""Show that newer code gives the same bytes as the code a result was measured with, so that the result still stands.
+
+    python bench/unchanged.py OLD_COMMIT --model DIR --work DIR [--data DIR] [--layers 3] [--sequences 16]
+
+A change for a new method touches files that old results depend on, and measuring them all again takes a day. For every
+result that is stale now and was fresh at ``OLD_COMMIT``, its recipe is run by both versions of the code, as the command
+line program, on the first layers of the yardstick model and a part of its calibration text. If every file of tensors is
+the same to the byte, and a score of the two is the same to the last bit, the pair of code hashes goes into
+``bench/results/unchanged.json``, and ``record.stale`` takes one for the other. Recipes that differ in nothing but what
+is overridden away are run once.
+
+What this does not show: that code which only the later layers or the rest of the text would reach is unchanged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cost
+import record
+import yardstick
+
+SCORE = """
+import json, sys
+from bitfloor import evaluate
+print(json.dumps(evaluate(sys.argv[1], perplexity=[sys.argv[2]], windows=1, seqlen=512)))
+"""
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit", help="the older code")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the yardstick model")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and the older code")
+    parser.add_argument("--data", type=Path, help=f"folder of the texts; default: ${record.DATA}")
+    parser.add_argument("--results", type=Path, default=record.RESULTS)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=16)
+    return parser.parse_args(argv)
+
+
+def cut(model: Path, layers: int, out: Path) -> Path:
+    """The model's first layers, as a model."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    config["num_hidden_layers"] = layers
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = load_file(model / "model.safetensors")
+    beyond = tuple(f"model.layers.{k}." for k in range(layers, 1000))
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(beyond)}
+    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def older_tree(commit: str, work: Path) -> Path:
+    """The older code, its kernels built."""
+    tree = work / "older"
+    if not tree.exists():
+        subprocess.run(["git", "worktree", "add", "--detach", tree, commit], cwd=record.ROOT, check=True)
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(build, cwd=tree, check=True, capture_output=True)
+    return tree
+
+
+def candidates(results: Path, package: Path) -> list[dict[str, Any]]:
+    """Results that are stale by their code and were not with the older package."""
+    found = []
+    for path in sorted((results / "yardstick").glob("*.json")):
+        content = record.read_result(path)
+        if "recipe" not in content or record.stale(path) is None or record.stale(path, package) is not None:
+            continue
+        found.append({"name": path.stem, **{key: content[key] for key in ("recipe", "code")}})
+    return found
+
+
+def made_by(tree: Path, line: Sequence[Any], out: Path, text: Path) -> dict[str, Any]:
+    """Hashes of what one version of the code writes, and its score on the text."""
+    shutil.rmtree(out, ignore_errors=True)
+    environment = cost.source_environment()
+    environment["PYTHONPATH"] = str(tree / "src")
+    cost.measure(cost.bitfloor_command("quantize", *line, "--out", out), cwd=text.parent, env=environment)
+    command = [sys.executable, "-c", SCORE, str(out), str(text)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    score = json.loads(done.stdout.splitlines()[-1])["perplexity"][0]["value"]
+    files = {path.name: record.file_sha256(path) for path in sorted(out.glob("*.safetensors"))}
+    return {"files": files, "score": score}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; 1 if some result's bytes did change."""
+    args = arguments(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    text = record.data_file(args.data, yardstick.CALIBRATION)
+    model = cut(args.model.resolve(), args.layers, args.work.resolve() / "model")
+    tree = older_tree(args.commit, args.work.resolve())
+    path = args.results / "unchanged.json"
+    known: list[dict[str, Any]] = record.read_result(path)["pairs"] if path.exists() else []
+    seen: dict[str, tuple[Any, Any]] = {}
+    changed = 0
+    for result in candidates(args.results, tree / "src" / "bitfloor"):
+        code, recipe = result["code"], result["recipe"]
+        now = record.code_sha256(code["parts"])
+        line = [model, "--recipe", recipe["preset"], f"calibration.text={text.name}", *recipe["overrides"]]
+        line.append(f"calibration.sequences={args.sequences}")
+        key = repr([part for part in line if not str(part).startswith("calibration.sequences")])
+        if key not in seen:
+            outs = [args.work.resolve() / name for name in ("by-older", "by-newer")]
+            seen[key] = (made_by(tree, line, outs[0], text), made_by(record.ROOT, line, outs[1], text))
+        older, newer = seen[key]
+        same = older == newer
+        changed += not same
+        yardstick.say(f"{result['name']}: {'same bytes, same score' if same else f'DIFFERENT {older} {newer}'}")
+        if same:
+            pair = {"result": result["name"], "parts": code["parts"], "was": code["sha256"], "is": now, **newer}
+            known = [
+                *(other for other in known if (other["result"], other["was"]) != (pair["result"], pair["was"])),
+                pair,
+            ]
+            shown = {"layers": args.layers, "sequences": args.sequences, "model": args.model.resolve().name}
+            content = {**record.header(()), "settings": shown, "pairs": known}
+            del content["code"]
+            record.write_result(path, content)
+    return 1 if changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

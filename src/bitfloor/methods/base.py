@@ -123,9 +123,12 @@ class Method(Protocol):
     paper: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[Any]]
-    learnt_bytes: ClassVar[int]  # held for a weight while it is learnt, beside the weight; 0 for methods without
 
     def __init__(self, config: Any) -> None: ...
+
+    @property
+    def learnt_bytes(self) -> int:
+        """Bytes held for a weight while it is learnt, beside the weight; 0 for methods that do not learn."""
 
     @property
     def needs(self) -> frozenset[Need]:

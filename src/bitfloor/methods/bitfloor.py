@@ -18,6 +18,7 @@ from bitfloor.methods.base import Batches, Block, BlockResult, Need
 from bitfloor.methods.gptq import Gptq
 from bitfloor.methods.learning import learn_block, learning_of, turned
 from bitfloor.methods.options import BitfloorConfig
+from bitfloor.solvers.adamw import AdamW
 from bitfloor.solvers.block_opt import Schedule
 from bitfloor.solvers.refine import Refinement
 
@@ -35,13 +36,16 @@ class Bitfloor:
     paper: ClassVar[str] = "GPTQ, arXiv 2210.17323; QEP, arXiv 2504.09629; SignRound, arXiv 2309.05516"
     summary: ClassVar[str] = "GPTQ with correction as a start, then a few sign steps a block; minutes per model"
     Config: ClassVar[type[BitfloorConfig]] = BitfloorConfig
-    # as SignRound, and the latent weight
-    learnt_bytes: ClassVar[int] = 21
     min_bits: ClassVar[int] = 2
 
     def __init__(self, config: BitfloorConfig) -> None:
         self.config = config
         self._start = Gptq(config.start)
+
+    @property
+    def learnt_bytes(self) -> int:
+        # as SignRound, and the latent weight; two moments, and the gradient of what they move
+        return 21 + (12 if self.config.optimizer == "adamw" else 0)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -61,14 +65,19 @@ class Bitfloor:
         if not self.config.steps or not specs:
             return result
         began = time.perf_counter()
+        config = self.config
         learnt = {
             name: turned(
-                Refinement(rotate(block.weight(name), spec.rotation), *codes_and_grid(result.weights[name], spec)),
+                Refinement(
+                    rotate(block.weight(name), spec.rotation),
+                    *codes_and_grid(result.weights[name], spec),
+                    zero_share=config.zero_share,
+                    adam=AdamW() if config.optimizer == "adamw" else None,
+                ),
                 spec,
             )
             for name, spec in specs.items()
         }
-        config = self.config
         schedule = Schedule(config.steps, config.rate, SCALE_SHARE * config.rate)
         outcome = learn_block(block, inputs, targets, learnt, schedule, config.suppress)
         seconds = (time.perf_counter() - began) / len(specs)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from bitfloor.core.errors import InputError
+
+
+def later(default: Any) -> Any:
+    """An option that came later; its default is what was done before, and recipes without it keep their hash."""
+    return field(default=default, metadata={"later": True})
 
 
 def check_importance(exponent: float) -> None:
@@ -105,22 +110,30 @@ class BitfloorConfig:
         rate: first step of the rounding, in steps of the grid; falls linearly to zero. The scales' factors take steps
             of half that size.
         suppress: share of the largest squared errors of a batch that its loss leaves out.
+        optimizer: ``"sign"`` takes steps of one size against the signs of the gradients; ``"adamw"`` is AdamW.
+        zero_share: step of the zero-points' moves, of the rounding's step; 0 keeps the zero-points.
         importance, static_groups, damping, correction, sweeps: of the start, see :class:`GptqConfig`.
     """
 
     steps: int = 100
     rate: float = 0.005
     suppress: float = 0.001
+    optimizer: str = later("sign")
+    zero_share: float = later(0.0)
     importance: float = 1.0
     static_groups: bool = True
     damping: float = 0.01
     correction: float = 0.5
     sweeps: int = 2
 
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"optimizer": ("sign", "adamw")}
+
     def __post_init__(self) -> None:
         SignroundConfig(steps=self.steps, rate=self.rate)
         if not 0.0 <= self.suppress < 1.0:
             raise InputError(f"suppress = {self.suppress:g} is not a share; use 0 (none) or more, and less than 1.")
+        if not 0.0 <= self.zero_share <= 100.0:
+            raise InputError(f"zero_share = {self.zero_share:g} is not a share of a step; use 0 (none) to 100.")
         self.start  # noqa: B018  refuses wrong options of the start
 
     @property

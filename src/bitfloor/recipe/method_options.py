@@ -18,11 +18,17 @@ from bitfloor.recipe.schema import MethodChoice, Recipe, check_value, unknown_ke
 def resolve_options(recipe: Recipe, origin: str) -> Recipe:
     """The same recipe with every option of its method written out, so that the hash covers defaults too.
 
+    Options that came later, with what was done before as default, are written where they differ from that.
+
     Raises:
         InputError: unknown method, unknown option, or a value the option does not take.
     """
     config = build_config(recipe.method, origin)
-    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    options = {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != field.default or not field.metadata.get("later")
+    }
     return recipe.model_copy(update={"method": MethodChoice(name=recipe.method.name, **options)})
 
 

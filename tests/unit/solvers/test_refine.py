@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitfloor.core.affine import Grid, decode, encode
+from bitfloor.core.affine import Grid, decode, encode, stored_scale
+from bitfloor.core.packed import expand_groups
 from bitfloor.core.spec import QuantSpec
+from bitfloor.solvers.adamw import AdamW
 from bitfloor.solvers.ranges import minmax_grid, search_grid
 from bitfloor.solvers.refine import MARGIN, Refinement, latent
 
@@ -114,3 +116,65 @@ def test_offsets_and_mixed_widths_are_refused() -> None:
     for wrong in (offset, mixed):
         with pytest.raises(ValueError, match="needs a grid with zero-points and of one width"):
             Refinement(weight, codes, wrong)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.symmetric], ids=str)
+def test_zero_points_move_by_the_gradient_of_what_is_clamped(spec: QuantSpec) -> None:
+    weight, codes, grid = start(spec)
+    refined = Refinement(weight, codes, grid, zero_share=1.0)
+    generator = torch.Generator().manual_seed(5)
+    grad = torch.randn(weight.shape, generator=generator)
+    refined.shift.copy_(2.0 * torch.randn(weight.shape, generator=generator))  # at the start nothing is clamped
+    assert grid.zero is not None
+    # By automatic differentiation, with the rounding's gradient set to one and the clamp's to zero outside.
+    zero = grid.zero.clone().requires_grad_()
+    scale, wide = (expand_groups(part, grid.group_size, weight.shape[1]) for part in (grid.scale, zero))
+    exact = refined.weight / scale + wide + refined.shift
+    rounded = exact + (torch.round(exact) - exact).detach()
+    torch.autograd.backward((rounded.clamp(0, 2**spec.bits - 1) - wide) * scale, grad)
+    assert zero.grad is not None
+    refined.step(grad, 0.75, 0.0)
+    moved = torch.sign(zero.grad) * (zero.grad.abs() > 1e-5)
+    expected = torch.round(grid.zero - 0.75 * moved).clamp(0, 2**spec.bits - 1)
+    sure = (zero.grad.abs() > 1e-4) | (zero.grad == 0)
+    found = refined.grid().zero
+    assert found is not None
+    assert torch.equal(found[sure], expected[sure])
+    assert bool((found != grid.zero).any())
+    stored, own = refined.snapshot()
+    assert torch.equal(refined.fake_quantized(), decode(stored, own))
+
+
+def test_zero_points_of_symmetric_grids_stay() -> None:
+    refined = Refinement(*start(QuantSpec(3, 7, True)), zero_share=1.0)
+    before = refined.grid().zero
+    refined.step(torch.randn(12, 40, generator=torch.Generator().manual_seed(5)), 1.0, 0.1)
+    assert before is not None and torch.equal(before, refined.grid().zero)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_adamw_moves_as_torchs_does_on_the_gradients_of_the_documented_form(spec: QuantSpec) -> None:
+    weight, codes, grid = start(spec)
+    refined = Refinement(weight, codes, grid, adam=AdamW())
+    shift = torch.zeros_like(weight, requires_grad=True)
+    factor = torch.ones_like(grid.scale, requires_grad=True)
+    theirs = torch.optim.AdamW(
+        [{"params": [shift], "lr": 0.01}, {"params": [factor], "lr": 0.005}], betas=(0.9, 0.95), weight_decay=0.0
+    )
+    generator = torch.Generator().manual_seed(6)
+    top = 2**spec.bits - 1
+    for _ in range(3):
+        grad = torch.randn(weight.shape, generator=generator)
+        assert grid.zero is not None
+        scale = expand_groups(stored_scale(grid.scale * factor.detach(), grid.scale_dtype), grid.group_size, 40)
+        slack = expand_groups(grid.scale * (factor - factor.detach()), grid.group_size, 40)
+        wide, zero = scale + slack, expand_groups(grid.zero, grid.group_size, 40)
+        exact = refined.weight / wide + zero + shift
+        rounded = exact + (torch.round(exact) - exact).detach()
+        theirs.zero_grad()
+        torch.autograd.backward((rounded.clamp(0, top) - zero) * wide, grad)
+        theirs.step()
+        refined.step(grad, 0.01, 0.005)
+    for ours, other in ((refined.shift, shift), (refined.factor, factor)):
+        near = (ours - other.detach()).abs() < 1e-3
+        assert float(near.float().mean()) > 0.98  # a gradient near zero has either sign, and AdamW knows no size

@@ -24,6 +24,7 @@ class Need(Enum):
     EXACT = "exact"  # the block's inputs as the float model produces them
     TARGETS = "targets"  # what the float block makes of those: the outputs to aim at
     HESSIAN = "hessian"  # X^T X of each input group; those of one stage (all experts of a layer) are alive at once
+    HELD_OUT = "held-out"  # the same once more, of some batches that are kept apart
     GRADIENTS = "gradients"  # back-propagation through the block
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -25,6 +25,9 @@ from bitfloor.solvers.ranges import search_grid, tempered
 
 # Below this many calibration tokens per input channel the Hessian says more about the tokens than about the layer.
 MIN_TOKENS_PER_CHANNEL = 0.25
+# Shares of the correction that are tried where it is chosen, and the batches that decide: one in so many.
+CORRECTIONS = (0.0, 0.5, 1.0)
+HELD_OUT = 4
 
 
 class Gptq:
@@ -41,8 +44,13 @@ class Gptq:
 
     @property
     def needs(self) -> frozenset[Need]:
-        needs = {Need.INPUTS, Need.HESSIAN}
-        return frozenset({*needs, Need.EXACT} if self.config.correction else needs)
+        held = {Need.HELD_OUT} if self.config.choose else set()
+        exact = {Need.EXACT} if self._paired else set()
+        return frozenset({Need.INPUTS, Need.HESSIAN, *exact, *held})
+
+    @property
+    def _paired(self) -> bool:
+        return bool(self.config.correction) or self.config.choose
 
     def quantize_block(
         self,
@@ -56,9 +64,8 @@ class Gptq:
         result = BlockResult()
         done: dict[str, Tensor] = {}
         for stage in stages(block, inputs, specs):
-            paired = bool(self.config.correction)
-            seen = {group[0]: _Seen(block.weight(group[0]), paired, block.products) for group in stage}
-            if paired:
+            seen = {group[0]: self._seen(block, group[0]) for group in stage}
+            if self._paired:
                 block.observe_pairs(
                     exact, inputs, lambda name, e, x, seen=seen: seen[name].add_pair(e, x), list(seen), done or None
                 )
@@ -84,58 +91,108 @@ class Gptq:
             began = time.perf_counter()
             names = [name for name in group if specs[name] == spec]
             weights = [rotate(block.weight(name), spec.rotation) for name in names]
-            hessian = rotate_both(seen.hessian.total, spec.rotation)
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            solved, note = self._solved(stacked, seen, hessian, spec)
+            config, said = self._chosen(stacked, seen, spec)
+            shown = seen.shown(spec.rotation)
+            solved, note = solve(stacked, shown, spec, config)
+            note = "; ".join(part for part in (said, note) if part) or None
             seconds = (time.perf_counter() - began) / len(names)
             rows = [weight.shape[0] for weight in weights]
             parts = zip(
                 names, solved.target.split(rows), solved.codes.split(rows), split_grid(solved.grid, rows), strict=True
             )
             for name, target, code, own in parts:
-                error = output_error(target, decode(code, own), hessian) if seen.hessian.rows else None
+                error = output_error(target, decode(code, own), shown.hessian) if shown.rows else None
                 result.weights[name] = pack(code, own, spec.rotation)
                 result.reports[name] = MatrixReport(error, seconds, note)
 
-    def _solved(self, weight: Tensor, seen: _Seen, hessian: Tensor, spec: QuantSpec) -> tuple[GptqResult, str | None]:
-        """One stacked matrix on its grid, and a note when something other than plain GPTQ was done.
+    def _seen(self, block: Block, name: str) -> _Seen:
+        return _Seen(block.weight(name), self._paired, block.products, held=self.config.choose)
 
-        Args:
-            weight: ``[O, I]``, rotated if it is to be.
-            seen: what the calibration text showed, not rotated.
-            hessian: ``[I, I]`` of the rotated inputs.
-            spec: storage.
+    def _chosen(self, weight: Tensor, seen: _Seen, spec: QuantSpec) -> tuple[GptqConfig, str | None]:
+        """The options to solve a stacked matrix with; where they are chosen, by error on batches that are held out.
+
+        The error is that of the layer's output on the quantized model's inputs, against what the float model puts out
+        on its own. Whatever is chosen is solved once more with all batches, so nothing is lost but time.
         """
-        config, columns = self.config, weight.shape[1]
-        rows = seen.hessian.rows
-        if rows < MIN_TOKENS_PER_CHANNEL * columns:
-            grid = search_grid(weight, torch.ones(columns, device=weight.device), spec)
-            note = f"saw {rows} calibration tokens for {columns} input channels; rounded to nearest instead"
-            return GptqResult(encode(weight, grid), grid, config.damping, weight), note
-        importance = tempered(hessian.diagonal(), config.importance) if config.range == "search" else None
-        grids = GridSearch(
-            spec.columns_per_group(columns),
-            lambda _, part, at: search_grid(part, None if importance is None else importance[at], spec),
-            static=config.static_groups,
+        config = self.config
+        if not config.choose or seen.held is None or not seen.held.hessian.rows or not seen.hessian.rows:
+            return config, None
+        held, shown = seen.held.shown(spec.rotation), seen.shown(spec.rotation)
+        found = {}
+        for correction in CORRECTIONS:
+            solved, _ = solve(weight, shown, spec, replace(config, correction=correction))
+            found[correction] = drifted_error(weight, decode(solved.codes, solved.grid), held)
+        best = min(found, key=found.__getitem__)
+        seen.take_held()
+        return replace(config, correction=best), f"correction {best:g} was best on held-out text"
+
+
+def solve(weight: Tensor, shown: Shown, spec: QuantSpec, config: GptqConfig) -> tuple[GptqResult, str | None]:
+    """One stacked matrix on its grid, and a note when something other than plain GPTQ was done.
+
+    Args:
+        weight: ``[O, I]``, rotated if it is to be.
+        shown: what the calibration text showed of its input, rotated likewise.
+        spec: storage.
+        config: how.
+    """
+    columns = weight.shape[1]
+    hessian, rows = shown.hessian, shown.rows
+    if rows < MIN_TOKENS_PER_CHANNEL * columns:
+        grid = search_grid(weight, torch.ones(columns, device=weight.device), spec)
+        note = f"saw {rows} calibration tokens for {columns} input channels; rounded to nearest instead"
+        return GptqResult(encode(weight, grid), grid, config.damping, weight), note
+    importance = tempered(hessian.diagonal(), config.importance) if config.range == "search" else None
+    grids = GridSearch(
+        spec.columns_per_group(columns),
+        lambda _, part, at: search_grid(part, None if importance is None else importance[at], spec),
+        static=config.static_groups,
+    )
+    solved = gptq(
+        weight,
+        hessian,
+        grids,
+        damping=config.damping,
+        act_order=config.act_order,
+        drift=shown.drift if config.correction else None,
+        correction=config.correction,
+    )
+    if config.sweeps:
+        codes, grid = descend(
+            solved.target, solved.codes, solved.grid, hessian, damping=solved.damping, sweeps=config.sweeps
         )
-        solved = gptq(
-            weight,
-            hessian,
-            grids,
-            damping=config.damping,
-            act_order=config.act_order,
-            drift=None if seen.drift is None else rotate_both(seen.drift.total, spec.rotation),
-            correction=config.correction,
-        )
-        if config.sweeps:
-            codes, grid = descend(
-                solved.target, solved.codes, solved.grid, hessian, damping=solved.damping, sweeps=config.sweeps
-            )
-            solved = replace(solved, codes=codes, grid=grid)
-        note = None
-        if solved.damping > config.damping:
-            note = f"damping raised from {config.damping:g} to {solved.damping:g} to factorise the Hessian"
-        return solved, note
+        solved = replace(solved, codes=codes, grid=grid)
+    note = None
+    if solved.damping > config.damping:
+        note = f"damping raised from {config.damping:g} to {solved.damping:g} to factorise the Hessian"
+    return solved, note
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Sums over what entered a layer, ``X`` in the float model and ``X'`` in the quantized one.
+
+    Args:
+        hessian: ``X'^T X'`` ``[I, I]``.
+        drift: ``(X - X')^T X'`` ``[I, I]``, or None.
+        rows: tokens.
+    """
+
+    hessian: Tensor
+    drift: Tensor | None
+    rows: int
+
+
+def drifted_error(weight: Tensor, approximation: Tensor, shown: Shown) -> float:
+    """``|X' W_hat^T - X W^T|^2`` less what no choice of ``W_hat`` changes.
+
+    Equation, with ``D = W_hat - W``: ``tr(D H D^T) - 2 <D C^T, W>`` for the Hessian ``H`` and the drift ``C``.
+    """
+    assert shown.drift is not None
+    difference = approximation - weight
+    inner = difference @ shown.hessian - 2.0 * (weight @ shown.drift)
+    return float((inner * difference).sum(dtype=torch.float64))
 
 
 class _Seen:
@@ -145,16 +202,36 @@ class _Seen:
         weight: one of the group's matrices ``[O, I]``.
         paired: also how far that input has drifted from the float model's.
         products: type in which is multiplied.
+        held: keep one batch in so many apart.
     """
 
-    def __init__(self, weight: Tensor, paired: bool, products: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, paired: bool, products: torch.dtype, *, held: bool = False) -> None:
         self.hessian = HessianSum(weight.shape[1], weight.device)
         self.drift = DriftSum(weight.shape[1], weight.device, products) if paired else None
+        self.held = _Seen(weight, paired, products) if held else None
+        self._batches = 0
 
     def add_pair(self, exact: Tensor, x: Tensor) -> None:
         assert self.drift is not None
+        self._batches += 1
+        if self.held is not None and self._batches % HELD_OUT == 0:
+            self.held.add_pair(exact, x)
+            return
         self.hessian.add(x)
         self.drift.add(exact, x)
+
+    def take_held(self) -> None:
+        """Add what was kept apart."""
+        assert self.held is not None and self.drift is not None and self.held.drift is not None
+        self.hessian.total.add_(self.held.hessian.total)
+        self.hessian.rows += self.held.hessian.rows
+        self.drift.total.add_(self.held.drift.total)
+        self.held = None
+
+    def shown(self, rotation: int) -> Shown:
+        """The sums over rotated inputs."""
+        drift = None if self.drift is None else rotate_both(self.drift.total, rotation)
+        return Shown(rotate_both(self.hessian.total, rotation), drift, self.hessian.rows)
 
 
 def split_grid(grid: Grid, rows: Sequence[int]) -> list[Grid]:

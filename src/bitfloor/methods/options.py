@@ -44,6 +44,7 @@ class GptqConfig:
         act_order: sweep columns in order of falling importance (the groups stay in natural order).
         correction: how far to move the target towards the float model's output on the float model's input, 0 to 1.
         sweeps: coordinate descent on codes and scales afterwards: how often every column is looked at again.
+        choose: choose the correction for each matrix, among 0, 0.5 and 1, by its error on batches held out.
     """
 
     range: str = "search"
@@ -53,6 +54,7 @@ class GptqConfig:
     act_order: bool = True
     correction: float = 0.0
     sweeps: int = 0
+    choose: bool = later(False)
 
     def __post_init__(self) -> None:
         check_importance(self.importance)
@@ -112,7 +114,7 @@ class BitfloorConfig:
         suppress: share of the largest squared errors of a batch that its loss leaves out.
         optimizer: ``"sign"`` takes steps of one size against the signs of the gradients; ``"adamw"`` is AdamW.
         zero_share: step of the zero-points' moves, of the rounding's step; 0 keeps the zero-points.
-        importance, static_groups, damping, correction, sweeps: of the start, see :class:`GptqConfig`.
+        importance, static_groups, damping, correction, sweeps, choose: of the start, see :class:`GptqConfig`.
     """
 
     steps: int = 100
@@ -125,6 +127,7 @@ class BitfloorConfig:
     damping: float = 0.01
     correction: float = 0.5
     sweeps: int = 2
+    choose: bool = later(False)
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"optimizer": ("sign", "adamw")}
 
@@ -140,7 +143,12 @@ class BitfloorConfig:
     def start(self) -> GptqConfig:
         """The start's options."""
         return GptqConfig(
-            "search", self.importance, self.static_groups, self.damping, True, self.correction, self.sweeps
+            importance=self.importance,
+            static_groups=self.static_groups,
+            damping=self.damping,
+            correction=self.correction,
+            sweeps=self.sweeps,
+            choose=self.choose,
         )
 
 

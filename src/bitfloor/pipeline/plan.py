@@ -243,7 +243,7 @@ def _solver_memory(source: SourceModel, job: Job, assignment: Assignment) -> int
         if Need.HESSIAN in needs:
             # Those of one stage are alive at once: one, or one an expert; with their drift if the method measures it.
             alive = max(1, sum(1 for other in source.map.block_matrices(ref.block) if other.param == ref.param))
-            sums = alive * square * (2 if Need.EXACT in needs else 1)
+            sums = alive * square * (2 if Need.EXACT in needs else 1) * (2 if Need.HELD_OUT in needs else 1)
             if assignment.specs[ref.name].rotation:
                 sums += square * (2 if Need.EXACT in needs else 1)
             memory = stack + sums + square + max(2 * DOUBLE // FLOAT * square, SOLVER_COPIES * stacked)

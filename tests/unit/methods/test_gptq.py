@@ -13,7 +13,7 @@ from bitfloor.core.metrics import output_error
 from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.core.spec import BITS, QuantSpec
 from bitfloor.methods.base import Need
-from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL, Gptq, split_grid
+from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL, Gptq, Shown, drifted_error, split_grid
 from bitfloor.methods.options import GptqConfig, RtnConfig
 from bitfloor.methods.rtn import Rtn
 from bitfloor.solvers.gptq import GridSearch, gptq
@@ -207,3 +207,42 @@ def test_correction_of_inputs_that_did_not_drift_is_none() -> None:
     plain = Gptq(GptqConfig()).quantize_block(block, inputs, names)
     corrected = Gptq(GptqConfig(correction=0.5)).quantize_block(block, inputs, names, inputs)
     assert all(torch.equal(dequantize(plain.weights[n]), dequantize(corrected.weights[n])) for n in names)
+
+
+def test_the_error_on_held_out_text_is_that_of_the_outputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, other = torch.randn(2, 7, 12, generator=generator)
+    exact, x = torch.randn(2, 50, 12, generator=generator)
+    shown = Shown(x.T @ x, (exact - x).T @ x, 50)
+
+    def plain(found: torch.Tensor) -> float:
+        return float((x @ found.T - exact @ weight.T).square().sum())
+
+    constant = plain(weight)
+    assert drifted_error(weight, other, shown) == pytest.approx(plain(other) - constant, rel=1e-4)
+    assert drifted_error(weight, weight, shown) == 0.0
+
+
+def test_the_correction_that_is_best_on_held_out_text_is_chosen_and_solved_with_all_text() -> None:
+    block, inputs = ToyBlock(), batches(8)
+    specs = dict.fromkeys(NAMES, QuantSpec(3, 8))
+    # Drift that a linear map undoes: the more is corrected the better.
+    drifted = [x * torch.linspace(0.7, 1.2, 24) for x in inputs]
+    result = Gptq(GptqConfig(choose=True)).quantize_block(block, drifted, specs, inputs)
+    assert result.reports["a"].note == "correction 1 was best on held-out text"
+    full = Gptq(GptqConfig(correction=1.0)).quantize_block(block, drifted, specs, inputs)
+    for name in ("a", "b"):
+        torch.testing.assert_close(dequantize(result.weights[name]), dequantize(full.weights[name]))
+    # No drift: nothing to correct, all shares are equal, and the first is taken.
+    still = Gptq(GptqConfig(choose=True)).quantize_block(block, inputs, specs, inputs)
+    assert still.reports["a"].note == "correction 0 was best on held-out text"
+
+
+def test_too_little_text_to_hold_some_out_keeps_the_given_correction() -> None:
+    inputs = batches(2)
+    specs = dict.fromkeys(NAMES, QuantSpec(3, 8))
+    chosen = Gptq(GptqConfig(correction=0.5, choose=True)).quantize_block(ToyBlock(), inputs, specs, inputs)
+    given = Gptq(GptqConfig(correction=0.5)).quantize_block(ToyBlock(), inputs, specs, inputs)
+    for name in NAMES:
+        assert chosen.reports[name].note is None
+        assert torch.equal(dequantize(chosen.weights[name]), dequantize(given.weights[name]))

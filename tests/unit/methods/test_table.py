@@ -24,7 +24,7 @@ def test_every_method_has_options_under_its_own_name_and_the_other_way_round() -
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_options_are_few_frozen_and_start_at_an_allowed_choice(name: str) -> None:
     config = OPTIONS[name]()
-    assert len(fields(config)) <= 8
+    assert len(fields(config)) <= 12
     with pytest.raises(FrozenInstanceError):
         config.range = "other"
     for option, allowed in getattr(config, "CHOICES", {}).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,9 @@ import pytest
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", NO_COLOR="1")
 # Models this small gain nothing from a second thread, and on a busy machine threads that wait for each other take ages.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where there is no GPU, Triton kernels run in its interpreter, which must be known before Triton is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Programs that tests start may keep their byte code: start times are promised for a program that was started before.
 for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)

@@ -238,9 +238,14 @@ def undocumented(modules: Iterable[Module]) -> list[str]:
 
 
 def functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Every function of a module, nested ones and methods included."""
+    """Every function of a module, nested ones and methods included, but for GPU kernels.
+
+    What ``triton.jit`` compiles is no Python: it has no types, and its parameters are all that it knows.
+    """
     for node in ast.walk(module.tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if "triton.jit" not in map(ast.unparse, node.decorator_list):
             yield node
 
 

@@ -22,6 +22,7 @@ MORE_PARAMETERS = {
     "ops/rounding.py:sign_step": "a kernel: four matrices, a grid and its shape, and a rate",
     "ops/rounding_reference.py:sign_step": "the definition of that kernel",
     "ops/native.py:sign_step": "that kernel in native code",
+    "ops/triton/rounding.py:sign_step": "that kernel on a GPU",
 }
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +43,30 @@ SIGNATURES = {
     "bitfloor_best_grid": (*(POINTER,) * 5, INTEGER, *(POINTER,) * 3, *(INTEGER,) * 5),
     "bitfloor_fit_sums": ((POINTER,) * 7 + (INTEGER,) * 4),
 }
+
+
+class Rounding(Protocol):
+    """What learned rounding needs of a library: the passes that ``rounding_reference`` defines."""
+
+    def fake_quantize(
+        self, weight: Tensor, shift: Tensor | None, scale: Tensor, zero: Tensor, bits: int, group_size: int, out: Tensor
+    ) -> None: ...
+
+    def codes(
+        self, weight: Tensor, shift: Tensor | None, scale: Tensor, zero: Tensor, bits: int, group_size: int, out: Tensor
+    ) -> None: ...
+
+    def sign_step(
+        self,
+        weight: Tensor,
+        shift: Tensor | None,
+        scale: Tensor,
+        zero: Tensor,
+        grad: Tensor,
+        rate: float,
+        bits: int,
+        group_size: int,
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class Library:
@@ -186,6 +211,24 @@ def library_for(*tensors: Tensor | None) -> Library | None:
     """The library, if it is used and can take these tensors: dense ones on the CPU."""
     given = [tensor for tensor in tensors if tensor is not None]
     return loaded().library if all(part.device.type == "cpu" and part.is_contiguous() for part in given) else None
+
+
+def rounding_for(*tensors: Tensor | None) -> Rounding | None:
+    """The library of learned rounding that can take these tensors: native on the CPU, Triton's on a GPU, if any."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not all(part.device.type == "cuda" and part.is_contiguous() for part in given):
+        return library_for(*given)
+    return None if os.environ.get(SETTING) == REFERENCE else _triton()
+
+
+@cache
+def _triton() -> Rounding | None:
+    """None where Triton is not installed (it comes with torch's builds for GPUs)."""
+    try:
+        from bitfloor.ops.triton.rounding import TritonLibrary
+    except ImportError:
+        return None
+    return TritonLibrary()
 
 
 @cache

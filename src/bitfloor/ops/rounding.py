@@ -1,7 +1,8 @@
 """Fake quantization for learned rounding: forward, codes, and the signed step with its sums, each in one pass.
 
 What is computed is defined in :mod:`bitfloor.ops.rounding_reference`, in torch, for any device and any strides. Dense
-float32 matrices on the CPU go to the native kernel (``csrc/rounding.cpp``) if it was built; it gives the same values.
+float32 matrices on the CPU go to the native kernel (``csrc/rounding.cpp``) if it was built, those on a GPU to Triton's;
+both give the same values.
 Nothing here is part of a graph: the gradient of the loss is an argument.
 """
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitfloor.ops import rounding_reference as reference
-from bitfloor.ops.native import library_for
+from bitfloor.ops.native import rounding_for
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def fake_quantize(
     """
     _check(weight, scale, zero, bits, group_size, shift=shift, out=out)
     out = torch.empty_like(weight) if out is None else out
-    library = library_for(weight, shift, scale, zero, out)
+    library = rounding_for(weight, shift, scale, zero, out)
     if library is None:
         reference.fake_quantize(weight, shift, scale, zero, bits, group_size, out)
     else:
@@ -62,7 +63,7 @@ def codes(weight: Tensor, shift: Tensor | None, scale: Tensor, zero: Tensor, bit
     """
     _check(weight, scale, zero, bits, group_size, shift=shift)
     out = torch.empty_like(weight, dtype=torch.uint8)
-    library = library_for(weight, shift, scale, zero, out)
+    library = rounding_for(weight, shift, scale, zero, out)
     if library is None:
         reference.codes(weight, shift, scale, zero, bits, group_size, out)
     else:
@@ -100,7 +101,7 @@ def sign_step(
         ValueError: shapes, dtypes or devices that do not fit.
     """
     _check(weight, scale, zero, bits, group_size, shift=shift, grad=grad)
-    library = library_for(weight, shift, scale, zero, grad)
+    library = rounding_for(weight, shift, scale, zero, grad)
     if library is None:
         return reference.sign_step(weight, shift, scale, zero, grad, rate, bits, group_size)
     return library.sign_step(weight, shift, scale, zero, grad, rate, bits, group_size)

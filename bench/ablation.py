@@ -19,39 +19,45 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import record
 
 FAST = "bitfloor-fast-w{bits}g64"
-# Name, preset, overrides; {bits} is filled in.
+OWN = "bitfloor-w{bits}g64"
 START = ("method.steps=0",)
+# Name, preset, overrides; {bits} is filled in.
 VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("round to nearest, min-max", "rtn-minmax-w{bits}g64", ()),
     ("round to nearest, searched", "rtn-w{bits}g64", ()),
-    ("signround, 50 steps", "signround-w{bits}g64", ("method.steps=50",)),
+    ("round to nearest, searched, rotated", "rtn-w{bits}g64", ("spec.rotation=64",)),
     ("signround, 200 steps", "signround-w{bits}g64", ()),
-    ("start", "bitfloor-w{bits}g64", START),
-    ("start, no correction", "bitfloor-w{bits}g64", (*START, "method.correction=0")),
-    ("start, no sweeps", "bitfloor-w{bits}g64", (*START, "method.sweeps=0")),
-    ("start, 1 sweep", "bitfloor-w{bits}g64", (*START, "method.sweeps=1")),
-    ("start, 5 sweeps", "bitfloor-w{bits}g64", (*START, "method.sweeps=5")),
-    ("start, float32 passes", "bitfloor-w{bits}g64", (*START, "calibration.precision=float32")),
-    ("25 steps", "bitfloor-w{bits}g64", ("method.steps=25", "method.rate=0.01")),
-    ("50 steps", "bitfloor-w{bits}g64", ("method.steps=50", "method.rate=0.007")),
-    ("100 steps", "bitfloor-w{bits}g64", ()),
-    ("100 steps, no sweeps", "bitfloor-w{bits}g64", ("method.sweeps=0",)),
-    ("100 steps, no correction", "bitfloor-w{bits}g64", ("method.correction=0",)),
-    ("100 steps, nothing suppressed", "bitfloor-w{bits}g64", ("method.suppress=0",)),
-    ("100 larger steps", "bitfloor-w{bits}g64", ("method.rate=0.01",)),
-    ("200 smaller steps", "bitfloor-w{bits}g64", ("method.steps=200", "method.rate=0.003")),
+    ("signround, 200 steps, rotated", "signround-w{bits}g64", ("spec.rotation=64",)),
+    ("start", OWN, START),
+    ("start, not rotated", OWN, (*START, "spec.rotation=0")),
+    ("start, rotated in blocks of 16", OWN, (*START, "spec.rotation=16")),
+    ("start, rotated in blocks of 512", OWN, (*START, "spec.rotation=512")),
+    ("start, no correction", OWN, (*START, "method.correction=0")),
+    ("start, full correction", OWN, (*START, "method.correction=1")),
+    ("start, correction chosen", OWN, (*START, "method.choose=true")),
+    ("start, no sweeps", OWN, (*START, "method.sweeps=0")),
+    ("start, 5 sweeps", OWN, (*START, "method.sweeps=5")),
+    ("50 steps", OWN, ("method.steps=50", "method.rate=0.007")),
+    ("100 steps", OWN, ()),
+    ("100 steps, not rotated", OWN, ("spec.rotation=0",)),
+    ("100 steps, nothing suppressed", OWN, ("method.suppress=0",)),
+    ("100 steps, zero-points too", OWN, ("method.zero_share=1",)),
+    ("100 steps of AdamW", OWN, ("method.optimizer=adamw",)),
+    ("100 steps, twice as large", OWN, ("method.rate=0.01",)),
+    ("100 steps, four times as large", OWN, ("method.rate=0.02",)),
+    ("200 smaller steps", OWN, ("method.steps=200", "method.rate=0.003")),
 )
 CALIBRATION = "calib/c4_calibration.txt"
 VALIDATION = "wikitext2/wiki.valid.raw"
 SEQUENCES, SEQLEN, BATCH = 128, 256, 4
-UNSEEN = 16  # sequences of each kind
+UNSEEN = 8  # sequences of each kind
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -87,6 +93,7 @@ class Setting:
     targets: list[Any]
     texts: dict[str, range]
     ids: list[Any]
+    last: dict[int, Any] = field(default_factory=dict)  # the float model's last hidden states, once they are known
 
 
 def load_ids(args: argparse.Namespace) -> tuple[list[Any], dict[str, range]]:
@@ -207,7 +214,10 @@ def tail_divergence(setting: Setting, outputs: dict[int, Any]) -> dict[int, floa
     from bitfloor.calib.capture import run_tail
 
     source = setting.source
-    pairs = {i: (setting.targets[i], output) for i, output in outputs.items()}
+    states = dict(outputs)
+    known = bool(setting.last)
+    if not known:
+        setting.last = {i: setting.targets[i] for i in outputs}
     for k in range(setting.index + 1, source.map.n_blocks):
         runner = BlockRunner(
             source.load_block(k),
@@ -217,14 +227,16 @@ def tail_divergence(setting: Setting, outputs: dict[int, Any]) -> dict[int, floa
             setting.runner.products,
         )
         with torch.no_grad():
-            pairs = {i: (runner.forward(a, i), runner.forward(b, i)) for i, (a, b) in pairs.items()}
+            states = {i: runner.forward(state, i) for i, state in states.items()}
+            if not known:
+                setting.last = {i: runner.forward(state, i) for i, state in setting.last.items()}
         source.release_block(k)
     source.load_outer()
     found = {}
-    for i, pair in pairs.items():
+    for i, state in states.items():
         logs = [
             run_tail(source.skeleton, source.map.blocks_path, setting.ids[i], hidden)[:, :-1].log_softmax(-1)
-            for hidden in pair
+            for hidden in (setting.last[i], state)
         ]
         found[i] = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
     source.release_outer()

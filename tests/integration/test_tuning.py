@@ -123,6 +123,33 @@ def test_heads_of_their_own_and_kept_matrices(changes: dict[str, Any], pico: Any
     assert api.load(tmp_path / "out")(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
+def test_the_scales_of_a_head_of_its_own_learn_too(pico: Any, plain: Any, tmp_path: Path) -> None:
+    recipe = {**tuned(plain(), steps=8, head=True, norms=False), "head": {"bits": 4, "group_size": 32}}
+    report = api.quantize(pico("llama"), tmp_path / "out", recipe)
+    assert "lm_head.scale" in report["tuning"]["tuned"] and report["tuning"]["step"] > 0
+    without = {**recipe, "tune": {**recipe["tune"], "head": False}}
+    api.quantize(pico("llama"), tmp_path / "without", without)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "without"))
+    assert torch.equal(one["lm_head.codes"], other["lm_head.codes"])
+    assert not torch.equal(one["lm_head.scale"], other["lm_head.scale"])
+    assert (
+        load_recipe("bitfloor-tuned-w2g64", ["tune.head=true"]).sha256() != load_recipe("bitfloor-tuned-w2g64").sha256()
+    )
+    assert "head" not in load_recipe("bitfloor-tuned-w2g64").content()["tune"]
+
+
+@pytest.mark.parametrize(
+    ("model", "head", "said"), [("gpt2", None, "head is its embedding"), ("llama", 16, "head.bits leaves it at 16")]
+)
+def test_a_head_that_cannot_be_tuned_is_refused(
+    model: str, head: int | None, said: str, pico: Any, plain: Any, tmp_path: Path
+) -> None:
+    recipe = {**tuned(plain(), head=True), "head": {"bits": head}}
+    with pytest.raises(InputError, match=said):
+        api.quantize(pico(model), tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_step_that_is_too_large_keeps_the_start(pico: Any, plain: Any, tmp_path: Path) -> None:
     model = pico("llama")
     api.quantize(model, tmp_path / "plain", plain())

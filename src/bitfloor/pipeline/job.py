@@ -81,7 +81,7 @@ def assign(model: ModelShape, job: Job) -> Assignment:
 
     Raises:
         InputError: a tied head that is to be stored differently from its embedding, or experts of one stack of which
-            only some are kept.
+            only some are kept, or a head to tune that is tied or not quantized.
     """
     specs: dict[str, QuantSpec] = {}
     kept: dict[str, str] = {}
@@ -98,6 +98,7 @@ def assign(model: ModelShape, job: Job) -> Assignment:
             f"head.bits is {_bits(job.head)} and embedding.bits is {_bits(job.embedding)}, but this model ties its "
             "head to its embedding: they are one matrix. Leave head.bits out, or set both alike."
         )
+    _check_tuned_head(model, job)
     ends: Iterable[tuple[MatrixRef | None, QuantSpec | None, str]] = (
         (model.embedding, job.embedding, "embedding.bits is 16"),
         (None if model.tied else model.head, job.head, "head.bits is 16"),
@@ -127,6 +128,17 @@ def check_loadable(skeleton: nn.Module, assignment: Assignment) -> None:
                 f"{name} cannot be stored packed: {reason}. Keep it with a layer rule: "
                 f"layers: [{{match: {name!r}, keep: true}}]."
             )
+
+
+def _check_tuned_head(model: ModelShape, job: Job) -> None:
+    if not (job.recipe.get("tune") or {}).get("head"):
+        return
+    if model.tied:
+        raise InputError("tune.head needs a head of its own, but this model's head is its embedding; leave it out.")
+    if job.head is None or model.head is None:
+        raise InputError(
+            "tune.head needs a quantized head, and head.bits leaves it at 16; use 8 or 4, or leave it out."
+        )
 
 
 def _bits(spec: QuantSpec | None) -> int:

@@ -31,6 +31,8 @@ TUNED_GROUP = 5 * FLOAT
 BYTE = 8
 # Float32 copies of a block's weights on the way back: dense, the stack of experts, gradients of both.
 BACKWARD_COPIES = 4
+# Float32 copies of a head that is learnt: dense, its gradient, and their products with codes; the codes themselves.
+HEAD_COPIES = 4
 # And beside those where matrices are rotated: what is rotated, and its result.
 ROTATED_COPIES = 2
 # Float32 tensors of the shape of a sequence's logits alive at once: both models', their logarithms, and the way back.
@@ -170,12 +172,12 @@ def peak_memory(
     if data is not None and job.recipe.get("tune"):
         streams_tuned = FLOAT * hidden * data[1] * (2 * min(data[2], data[0]) if spill else 2 * data[0])
         kept = FLOAT * (sum(blocks) - sum(_quantized_weights(assignment).values()))
-        tuning = FLOAT * (outside + skipped) + kept + _tuning_memory(source, assignment, data) + weights + moving
+        tuning = FLOAT * (outside + skipped) + kept + _tuning_memory(source, job, assignment, data) + weights + moving
     peaks = (streams + block, streams + capture, streams_tuned + tuning, _table_memory(source, assignment))
     return resident_memory() + OVERHEAD + max(peaks)
 
 
-def _tuning_memory(source: SourceModel, assignment: Assignment, data: tuple[int, int, int]) -> int:
+def _tuning_memory(source: SourceModel, job: Job, assignment: Assignment, data: tuple[int, int, int]) -> int:
     """What tuning holds of all blocks at once, the parameters of one in the making, and a sequence's logits."""
     text = source.config.get_text_config()
     sequences, seqlen, batch = data
@@ -184,7 +186,8 @@ def _tuning_memory(source: SourceModel, assignment: Assignment, data: tuple[int,
         ref = assignment.refs[name]
         rows, columns = ref.shape
         if ref.block < 0:
-            tables += FLOAT * rows * columns
+            learnt = ref.kind == "head" and job.recipe["tune"].get("head")
+            tables += FLOAT * rows * columns * (HEAD_COPIES if learnt else 1)
         else:
             codes += rows * columns * (1 if spec.bits < BYTE else 2)
             groups += rows * -(-columns // spec.columns_per_group(columns))

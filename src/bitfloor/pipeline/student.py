@@ -20,7 +20,7 @@ from bitfloor.core.heap import trim_heap
 from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.formats import native
 from bitfloor.modeling.loader import SourceModel
-from bitfloor.pipeline.journal import Journal, part_name
+from bitfloor.pipeline.journal import ENDS, Journal, part_name
 from bitfloor.pipeline.run import RunOptions
 from bitfloor.solvers.scales import TunedScales, tunable
 
@@ -36,6 +36,8 @@ class Stage(Protocol):
 
     @property
     def norms(self) -> bool: ...
+    @property
+    def head(self) -> bool: ...
     def runner(self, k: int, calls: Sequence[Sequence[Call]]) -> BlockRunner: ...
 
 
@@ -56,6 +58,15 @@ class Part:
     vectors: dict[str, str]
 
 
+@dataclass
+class Lexicon:
+    """A quantized head that is learnt: its public name, its parameter, its scales."""
+
+    name: str
+    param: str
+    scales: TunedScales
+
+
 class Student:
     """The quantized model: codes, small parameters, and passes through it."""
 
@@ -72,6 +83,7 @@ class Student:
         self.parameters: dict[str, Tensor] = {}
         self.kinds: dict[str, torch.dtype] = {}  # of learnt vectors, as stored
         self.parts = [self._part(stage, k, calls) for k in range(stage.source.map.n_blocks)]
+        self.lexicon = self._lexicon(stage) if stage.head else None
         self.final: list[str] = []
         if stage.norms:
             prefix = f"{stage.source.map.blocks_path}."
@@ -80,6 +92,20 @@ class Student:
                 if not name.startswith(prefix) and _is_norm(name, model):
                     self._learn(name, model.get_parameter(name).detach(), stage.source.read(name).dtype)
                     self.final.append(name)
+
+    def _lexicon(self, stage: Stage) -> Lexicon | None:
+        """The head's scales to learn, if it is a matrix of its own that has some."""
+        ref, entry = stage.source.map.head, stage.journal.get(ENDS)
+        if ref is None or ref.name not in entry.facts["layouts"]:
+            return None
+        layout = entry.facts["layouts"][ref.name]
+        weight = native.decode(ref.name, layout, lambda full: entry.tensors[full].to(stage.options.device))
+        if not tunable(weight):
+            return None
+        found = Lexicon(ref.name, ref.param, TunedScales(weight))
+        self.parameters[f"{ref.name}.scale"] = found.scales.factor
+        self.tables.pop(ref.param, None)
+        return found
 
     def _learn(self, name: str, start: Tensor, stored: torch.dtype) -> None:
         self.parameters[name] = start.float().clone()
@@ -123,9 +149,11 @@ class Student:
         """The tensors of the checkpoint that these parameters stand for."""
         self.restore(parameters)
         tensors = {name: self._vector(name).to(kind).cpu() for name, kind in self.kinds.items()}
-        for part in self.parts:
-            for name, scales in part.scales.items():
-                tensors[f"{name}.scale"] = blocked(scales.scale().to(scales.stored)).cpu()
+        learnt = {name: scales for part in self.parts for name, scales in part.scales.items()}
+        if self.lexicon is not None:
+            learnt[self.lexicon.name] = self.lexicon.scales
+        for name, scales in learnt.items():
+            tensors[f"{name}.scale"] = blocked(scales.scale().to(scales.stored)).cpu()
         return tensors
 
     def _vector(self, name: str) -> Tensor:
@@ -158,33 +186,42 @@ class Student:
     def divergence(self, batch: int, target: Tensor) -> float:
         """Mean divergence on a batch whose last hidden states in the float model are ``target``."""
         hidden = self._forward(batch)[-1]
-        vectors = {name: self._vector(name) for name in self.final}
-        return sum(float(value) for value in self._losses(batch, hidden, target, vectors))
+        return sum(float(value) for value in self._losses(batch, hidden, target, self._outer_leaves()))
 
-    def _losses(self, batch: int, hidden: Tensor, target: Tensor, vectors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    def _outer_leaves(self) -> dict[str, Tensor]:
+        """What is learnt behind the blocks, by parameter name, at the present parameters."""
+        leaves = {name: self._vector(name) for name in self.final}
+        if self.lexicon is not None:
+            leaves[self.lexicon.param] = self.lexicon.scales.dense()
+        return leaves
+
+    def _losses(self, batch: int, hidden: Tensor, target: Tensor, leaves: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """The mean divergence in shares, sequence by sequence: logits of a whole batch would be the largest tensor."""
         ids = self.batches[batch]
         for i in range(len(ids)):
             row = slice(i, i + 1)
             with torch.no_grad():
                 aim = self.head.logits(ids[row], target[row].to(hidden.device), {}).log_softmax(-1)
-            found = self.head.logits(ids[row], hidden[row], {**self.tables, **vectors}).log_softmax(-1)
+            found = self.head.logits(ids[row], hidden[row], {**self.tables, **leaves}).log_softmax(-1)
             yield (aim.exp() * (aim - found)).sum() / ids.numel()
 
     def step(self, batch: int, target: Tensor, update: Update) -> float:
         """One update of everything; the mean divergence before it. Nothing moves when that is not finite."""
         states = self._forward(batch)
         hidden = states.pop().requires_grad_()
-        vectors = {name: self._vector(name).requires_grad_() for name in self.final}
+        leaves = {name: leaf.requires_grad_() for name, leaf in self._outer_leaves().items()}
         total = 0.0
         with torch.enable_grad():
-            for loss in self._losses(batch, hidden, target, vectors):
+            for loss in self._losses(batch, hidden, target, leaves):
                 total += float(loss.detach())
                 torch.autograd.backward(loss)
         if not math.isfinite(total):
             return total
         flow = hidden.grad
-        self._update(vectors, {name: name for name in vectors}, update)
+        if self.lexicon is not None and (grad := leaves.pop(self.lexicon.param).grad) is not None:
+            scales = self.lexicon.scales
+            update(f"{self.lexicon.name}.scale", scales.factor, scales.gradient(grad))
+        self._update(leaves, {name: name for name in leaves}, update)
         for k in reversed(range(len(self.parts))):
             flow = self._back(self.parts[k], states.pop().requires_grad_(k > 0), flow, batch, update)
         return total

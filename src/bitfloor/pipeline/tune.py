@@ -57,11 +57,13 @@ class TuneConfig:
         steps: updates; each reads one batch of the calibration text.
         rate: step of AdamW for the scales' factors and the norms' weights, after a warm-up; falls linearly to zero.
         norms: learn the weights of norms too.
+        head: learn the scales of a quantized head of its own too.
     """
 
     steps: int
     rate: float
     norms: bool = True
+    head: bool = False
 
 
 class Tuning:
@@ -88,7 +90,7 @@ class Tuning:
         self.batches = list(batches)
         self.options = options
         self.config = TuneConfig(**job.recipe["tune"])
-        self.norms = self.config.norms
+        self.norms, self.head = self.config.norms, self.config.head
         self._streams: list[Stream] = []
         self._began = time.monotonic()
 

@@ -158,6 +158,7 @@ class TunePart(_Part):
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = Field(description="a number of updates from 1 to 1000000")
     rate: Annotated[float, Field(gt=0, le=1)] = Field(default=0.003, description="a step, more than 0 and at most 1")
     norms: bool = Field(default=True, description="true or false")
+    head: bool = Field(default=False, description="true or false")
 
 
 class Decision(NamedTuple):
@@ -184,7 +185,7 @@ class Recipe(_Part):
     head: HeadPart = Field(default=HeadPart(), description="storage of the head, {bits, group_size}")
     calibration: CalibrationPart = Field(default=CalibrationPart(), description="the calibration text and its amount")
 
-    tune: TunePart | None = Field(default=None, description="null, or a last stage {steps, rate, norms}")
+    tune: TunePart | None = Field(default=None, description="null, or a last stage {steps, rate, norms, head}")
 
     @property
     def head_bits(self) -> int:
@@ -227,6 +228,8 @@ class Recipe(_Part):
         for part in (found["spec"], *found["layers"]):
             if not part["rotation"]:
                 del part["rotation"]
+        if self.tune is not None and not self.tune.head:
+            del found["tune"]["head"]
         return found
 
     def sha256(self) -> str:

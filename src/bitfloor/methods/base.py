@@ -25,6 +25,7 @@ class Need(Enum):
     TARGETS = "targets"  # what the float block makes of those: the outputs to aim at
     HESSIAN = "hessian"  # X^T X of each input group; those of one stage (all experts of a layer) are alive at once
     HELD_OUT = "held-out"  # the same once more, of some batches that are kept apart
+    TOGETHER = "together"  # those of all input groups of a block at once
     GRADIENTS = "gradients"  # back-propagation through the block
 
 

@@ -46,7 +46,8 @@ class Gptq:
     def needs(self) -> frozenset[Need]:
         held = {Need.HELD_OUT} if self.config.choose else set()
         exact = {Need.EXACT} if self._paired else set()
-        return frozenset({Need.INPUTS, Need.HESSIAN, *exact, *held})
+        together = set() if self.config.sequential else {Need.TOGETHER}
+        return frozenset({Need.INPUTS, Need.HESSIAN, *exact, *held, *together})
 
     @property
     def _paired(self) -> bool:
@@ -63,7 +64,8 @@ class Gptq:
         """See :class:`bitfloor.methods.base.Method`."""
         result = BlockResult()
         done: dict[str, Tensor] = {}
-        for stage in stages(block, inputs, specs):
+        order = stages(block, inputs, specs)
+        for stage in order if self.config.sequential else [[group for stage in order for group in stage]]:
             seen = {group[0]: self._seen(block, group[0]) for group in stage}
             if self._paired:
                 block.observe_pairs(

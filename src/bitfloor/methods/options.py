@@ -45,6 +45,8 @@ class GptqConfig:
         correction: how far to move the target towards the float model's output on the float model's input, 0 to 1.
         sweeps: coordinate descent on codes and scales afterwards: how often every column is looked at again.
         choose: choose the correction for each matrix, among 0, 0.5 and 1, by its error on batches held out.
+        sequential: let each input group see the quantized ones before it; otherwise all inputs of a block are
+            observed in one pass of its float matrices, which is faster.
     """
 
     range: str = "search"
@@ -55,6 +57,7 @@ class GptqConfig:
     correction: float = 0.0
     sweeps: int = 0
     choose: bool = later(False)
+    sequential: bool = later(True)
 
     def __post_init__(self) -> None:
         check_importance(self.importance)
@@ -114,7 +117,8 @@ class BitfloorConfig:
         suppress: share of the largest squared errors of a batch that its loss leaves out.
         optimizer: ``"sign"`` takes steps of one size against the signs of the gradients; ``"adamw"`` is AdamW.
         zero_share: step of the zero-points' moves, of the rounding's step; 0 keeps the zero-points.
-        importance, static_groups, damping, correction, sweeps, choose: of the start, see :class:`GptqConfig`.
+        importance, static_groups, damping, correction, sweeps, choose, sequential: of the
+            start, see :class:`GptqConfig`.
     """
 
     steps: int = 100
@@ -128,6 +132,7 @@ class BitfloorConfig:
     correction: float = 0.5
     sweeps: int = 2
     choose: bool = later(False)
+    sequential: bool = later(True)
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"optimizer": ("sign", "adamw")}
 
@@ -149,6 +154,7 @@ class BitfloorConfig:
             correction=self.correction,
             sweeps=self.sweeps,
             choose=self.choose,
+            sequential=self.sequential,
         )
 
 

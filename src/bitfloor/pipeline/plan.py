@@ -245,8 +245,13 @@ def _solver_memory(source: SourceModel, job: Job, assignment: Assignment) -> int
         memory = stack + SOLVER_COPIES * stacked
         if Need.HESSIAN in needs:
             # Those of one stage are alive at once: one, or one an expert; with their drift if the method measures it.
-            alive = max(1, sum(1 for other in source.map.block_matrices(ref.block) if other.param == ref.param))
-            sums = alive * square * (2 if Need.EXACT in needs else 1) * (2 if Need.HELD_OUT in needs else 1)
+            block = source.map.block_matrices(ref.block)
+            if Need.TOGETHER in needs:
+                groups = {next(i for i, first in enumerate(block) if _together(first, other)) for other in block}
+                alive = FLOAT * sum(block[i].shape[1] ** 2 for i in groups)
+            else:
+                alive = square * max(1, sum(1 for other in block if other.param == ref.param))
+            sums = alive * (2 if Need.EXACT in needs else 1) * (2 if Need.HELD_OUT in needs else 1)
             if assignment.specs[ref.name].rotation:
                 sums += square * (2 if Need.EXACT in needs else 1)
             memory = stack + sums + square + max(2 * DOUBLE // FLOAT * square, SOLVER_COPIES * stacked)

@@ -246,3 +246,19 @@ def test_too_little_text_to_hold_some_out_keeps_the_given_correction() -> None:
     for name in NAMES:
         assert chosen.reports[name].note is None
         assert torch.equal(dequantize(chosen.weights[name]), dequantize(given.weights[name]))
+
+
+def test_without_order_a_block_is_observed_once_on_its_float_matrices() -> None:
+    inputs = batches()
+    specs = dict.fromkeys(NAMES, QuantSpec(3, 8))
+    block, other = ToyBlock(), ToyBlock()
+    together = Gptq(GptqConfig(sequential=False)).quantize_block(block, inputs, specs)
+    in_order = Gptq(GptqConfig()).quantize_block(other, inputs, specs)
+    assert (block.passes, other.passes) == (1, 2)
+    assert Need.TOGETHER in Gptq(GptqConfig(sequential=False)).needs
+    for name in ("a", "b"):  # fed by the block's input either way
+        assert torch.equal(dequantize(together.weights[name]), dequantize(in_order.weights[name]))
+    assert not torch.equal(dequantize(together.weights["c"]), dequantize(in_order.weights["c"]))
+    flat = torch.cat([x.reshape(-1, 24) for x in inputs])
+    alone = solved_alone(block.weight("c"), (flat @ block.weight("a").T).relu(), specs["c"], GptqConfig())
+    torch.testing.assert_close(dequantize(together.weights["c"]), dequantize(alone))

@@ -65,7 +65,9 @@ class Gptq:
         result = BlockResult()
         done: dict[str, Tensor] = {}
         order = stages(block, inputs, specs)
-        for stage in order if self.config.sequential else [[group for stage in order for group in stage]]:
+        if not self.config.sequential:
+            order = [[group for stage in order for group in stage]]
+        for stage in order:
             seen = {group[0]: self._seen(block, group[0]) for group in stage}
             if self._paired:
                 block.observe_pairs(

@@ -42,6 +42,7 @@ VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("start, no correction", OWN, (*START, "method.correction=0")),
     ("start, full correction", OWN, (*START, "method.correction=1")),
     ("start, correction chosen", OWN, (*START, "method.choose=true")),
+    ("start, one pass a block", OWN, (*START, "method.sequential=false")),
     ("start, no sweeps", OWN, (*START, "method.sweeps=0")),
     ("start, 5 sweeps", OWN, (*START, "method.sweeps=5")),
     ("50 steps", OWN, ("method.steps=50", "method.rate=0.007")),

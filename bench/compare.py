@@ -27,7 +27,6 @@ CONTESTS = (
     ("auto-round", "bitfloor-tuned-w{bits}g{group}"),
     ("auto-round", "bitfloor-w{bits}g{group}+method.steps-0"),
     ("auto-round", "bitfloor-w{bits}g{group}+sequences-64+method.steps-0"),
-    ("auto-round", "bitfloor-fast-w{bits}g{group}+sequences-32"),
     ("auto-round", "bitfloor-fast-w{bits}g{group}+sequences-16"),
 )
 SETTINGS = (

@@ -49,7 +49,7 @@ VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("100 steps", OWN, ()),
     ("100 steps, not rotated", OWN, ("spec.rotation=0",)),
     ("100 steps, nothing suppressed", OWN, ("method.suppress=0",)),
-    ("100 steps, zero-points too", OWN, ("method.zero_share=1",)),
+    ("100 steps, zero-points too", OWN, ("method.zero_share=8",)),
     ("100 steps of AdamW", OWN, ("method.optimizer=adamw",)),
     ("100 steps, twice as large", OWN, ("method.rate=0.01",)),
     ("100 steps, four times as large", OWN, ("method.rate=0.02",)),

@@ -65,7 +65,7 @@ def cut(model: Path, layers: int, out: Path) -> Path:
 
 def older_tree(commit: str, work: Path) -> Path:
     """The older code, its kernels built."""
-    tree = work / "older"
+    tree = work / f"code-{commit}"
     if not tree.exists():
         subprocess.run(["git", "worktree", "add", "--detach", tree, commit], cwd=record.ROOT, check=True)
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tree = older_tree(args.commit, args.work.resolve())
     path = args.results / "unchanged.json"
     known: list[dict[str, Any]] = record.read_result(path)["pairs"] if path.exists() else []
+    settings = {"commit": args.commit, "layers": args.layers, "sequences": args.sequences}
+    settings["model"] = args.model.resolve().name
     seen: dict[str, tuple[Any, Any]] = {}
     changed = 0
     for result in candidates(args.results, tree / "src" / "bitfloor"):
@@ -122,13 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         changed += not same
         yardstick.say(f"{result['name']}: {'same bytes, same score' if same else f'DIFFERENT {older} {newer}'}")
         if same:
-            pair = {"result": result["name"], "parts": code["parts"], "was": code["sha256"], "is": now, **newer}
+            ran = record.code_sha256(code["parts"], tree / "src" / "bitfloor")
+            pair = {"result": result["name"], "parts": code["parts"], "was": ran, "is": now, **settings, **newer}
             known = [
                 *(other for other in known if (other["result"], other["was"]) != (pair["result"], pair["was"])),
                 pair,
             ]
-            shown = {"layers": args.layers, "sequences": args.sequences, "model": args.model.resolve().name}
-            content = {**record.header(()), "settings": shown, "pairs": known}
+            content = {**record.header(()), "pairs": known}
             del content["code"]
             record.write_result(path, content)
     return 1 if changed else 0

@@ -141,7 +141,7 @@ def test_verdicts(interval: tuple[float, float] | None, expected: str) -> None:
 
 
 def planned() -> dict[str, Any]:
-    entry = {"shape": [64, 64], "bits": 4, "group_size": 64, "bytes": 2208, "kept": None}
+    entry = {"shape": [64, 64], "bits": 4, "group_size": 64, "rotation": 0, "bytes": 2208, "kept": None}
     names = [f"model.layers.{i}.q_proj" for i in range(12)]
     return {
         "model": "M",

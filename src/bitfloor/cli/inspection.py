@@ -41,6 +41,7 @@ class Layer:
         learning: of its block: loss ``before`` and ``after``, the ``step`` kept, ``steps`` made; None if nothing was.
         seconds: time spent on it, None when this machine does not remember the run.
         note: a fallback that was taken, None when there was none.
+        rotation: block size of the rotation of its inputs, 0 for none.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Layer:
     learning: Mapping[str, float] | None
     seconds: float | None
     note: str | None = None
+    rotation: int = 0
 
     @property
     def weights(self) -> int:
@@ -147,7 +149,7 @@ def _layer(name: str, layout: Mapping[str, Any], nbytes: int, facts: Mapping[str
     segments = tuple({key: int(part[key]) for key in ("bits", "columns", "group_size")} for part in layout["segments"])
     rows, columns = layout["shape"]
     told = (facts.get("block_error"), facts.get("learning"), facts.get("seconds"), facts.get("note"))
-    return Layer(name, layout["kind"], (rows, columns), segments, nbytes, *told)
+    return Layer(name, layout["kind"], (rows, columns), segments, nbytes, *told, rotation=layout.get("rotation", 0))
 
 
 def _totals(

@@ -160,19 +160,26 @@ def collapsed(matrices: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for matrix in matrices:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", matrix["name"])
-        key = (pattern, tuple(matrix["shape"]), matrix["bits"], matrix["group_size"], matrix["kept"])
+        key = (pattern, tuple(matrix["shape"]), matrix["bits"], _grouping(matrix), matrix["kept"])
         groups.setdefault(key, []).append(matrix)
     rows: list[tuple[str, ...]] = []
-    for (pattern, shape, bits, group_size, kept), members in groups.items():
+    for (pattern, shape, bits, grouping, kept), members in groups.items():
         rows.append(
             (
                 pattern if len(members) > 1 else members[0]["name"],
                 str(len(members)),
                 " x ".join(map(str, shape)),
                 str(bits),
-                "-" if group_size is None else str(group_size),
+                grouping,
                 in_bytes(sum(member["bytes"] for member in members)),
                 kept or "",
             )
         )
     return rows
+
+
+def _grouping(matrix: Mapping[str, Any]) -> str:
+    """``64``, or ``64, rotated 64``; ``-`` for a matrix that is kept."""
+    if matrix["group_size"] is None:
+        return "-"
+    return f"{matrix['group_size']}" + (f", rotated {matrix['rotation']}" if matrix["rotation"] else "")

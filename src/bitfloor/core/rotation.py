@@ -23,7 +23,8 @@ def rotate(x: Tensor, size: int) -> Tensor:
     """``x R`` along the last dimension; applied twice it gives ``x`` back.
 
     Args:
-        x: ``[..., I]`` of a float type; computed in float32.
+        x: ``[..., I]`` of a float type; computed in float32. The result may be larger by the square root of ``size``,
+            which float16 does not hold beyond 65504.
         size: columns of a block, a power of two; 0 returns ``x`` itself.
 
     Returns:
@@ -33,12 +34,13 @@ def rotate(x: Tensor, size: int) -> Tensor:
     if not size or not x.numel():
         return x
     parts, done = [], 0
-    for block in _blocks(columns, size):
-        last = done + (columns - done) // block * block
-        piece = x[..., done:last].float()
-        turned = piece.reshape(-1, block) @ _hadamard(block, x.device)
-        parts.append(turned.view(piece.shape).to(x.dtype))
-        done = last
+    with torch.autocast(x.device.type, enabled=False):
+        for block in _blocks(columns, size):
+            last = done + (columns - done) // block * block
+            piece = x[..., done:last].float()
+            turned = piece.reshape(-1, block) @ _hadamard(block, x.device)
+            parts.append(turned.view(piece.shape).to(x.dtype))
+            done = last
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -57,7 +59,9 @@ def _blocks(columns: int, size: int) -> list[int]:
 @lru_cache(maxsize=64)
 def _hadamard(size: int, device: torch.device) -> Tensor:
     """``H_n [n, n]`` float32."""
-    matrix = torch.ones(1, 1, device=device)
-    while matrix.shape[0] < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix.mul_(size**-0.5)
+    # It is kept for all callers, whatever the mode and the default type of the first.
+    with torch.inference_mode(False), torch.no_grad():
+        matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
+        while matrix.shape[0] < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        return matrix.mul_(size**-0.5)

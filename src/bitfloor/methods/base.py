@@ -86,11 +86,13 @@ class MatrixReport:
             that was aimed at; None if no text was read.
         seconds: time spent on it; a share of its group's when matrices were solved together.
         note: a fallback that was taken, in words, or None.
+        chosen: options that were chosen for this matrix.
     """
 
     output_error: float | None
     seconds: float
     note: str | None = None
+    chosen: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -91,15 +91,18 @@ class Gptq:
         result: BlockResult,
     ) -> None:
         """Quantize the matrices of one input group; those of equal spec are swept together, row by row independent."""
+        chosen = self._chosen(block, group, seen, specs)
         for spec in dict.fromkeys(specs[name] for name in group):
             began = time.perf_counter()
             names = [name for name in group if specs[name] == spec]
             weights = [rotate(block.weight(name), spec.rotation) for name in names]
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            config, said = self._chosen(stacked, seen, spec)
             shown = seen.shown(spec.rotation)
+            config = replace(self.config, correction=chosen.get(spec, self.config.correction))
             solved, note = solve(stacked, shown, spec, config)
-            note = "; ".join(part for part in (said, note) if part) or None
+            if self.config.choose and spec not in chosen:
+                kept = f"too little text to choose the correction; {self.config.correction:g} was kept"
+                note = "; ".join(part for part in (kept, note) if part)
             seconds = (time.perf_counter() - began) / len(names)
             rows = [weight.shape[0] for weight in weights]
             parts = zip(
@@ -108,28 +111,44 @@ class Gptq:
             for name, target, code, own in parts:
                 error = output_error(target, decode(code, own), shown.hessian) if shown.rows else None
                 result.weights[name] = pack(code, own, spec.rotation)
-                result.reports[name] = MatrixReport(error, seconds, note)
+                told = {"correction": chosen[spec]} if spec in chosen else {}
+                result.reports[name] = MatrixReport(error, seconds, note, told)
 
     def _seen(self, block: Block, name: str) -> _Seen:
         return _Seen(block.weight(name), self._paired, block.products, held=self.config.choose)
 
-    def _chosen(self, weight: Tensor, seen: _Seen, spec: QuantSpec) -> tuple[GptqConfig, str | None]:
-        """The options to solve a stacked matrix with; where they are chosen, by error on batches that are held out.
+    def _chosen(
+        self, block: Block, group: tuple[str, ...], seen: _Seen, specs: Mapping[str, QuantSpec]
+    ) -> dict[QuantSpec, float]:
+        """The correction that is best for the group's matrices of each spec, by error on batches that are held out.
 
         The error is that of the layer's output on the quantized model's inputs, against what the float model puts out
-        on its own. Whatever is chosen is solved once more with all batches, so nothing is lost but time.
+        on its own. Afterwards the held-out batches count like the others, so nothing is lost but time. Nothing is
+        chosen where text is missing on either side.
         """
-        config = self.config
-        if not config.choose or seen.held is None or not seen.held.hessian.rows or not seen.hessian.rows:
-            return config, None
-        held, shown = seen.held.shown(spec.rotation), seen.shown(spec.rotation)
-        found = {}
-        for correction in CORRECTIONS:
-            solved, _ = solve(weight, shown, spec, replace(config, correction=correction))
-            found[correction] = drifted_error(weight, decode(solved.codes, solved.grid), held)
-        best = min(found, key=found.__getitem__)
+        found: dict[QuantSpec, float] = {}
+        if seen.held is None:
+            return found
+        columns = block.weight(group[0]).shape[1]
+        if seen.held.hessian.rows and seen.hessian.rows >= MIN_TOKENS_PER_CHANNEL * columns:
+            given = self.config.correction
+            for spec in dict.fromkeys(specs[name] for name in group):
+                weight = torch.cat([rotate(block.weight(name), spec.rotation) for name in group if specs[name] == spec])
+                held, shown = seen.held.shown(spec.rotation), seen.shown(spec.rotation)
+                errors = {}
+                # The given one comes first: it is kept where all are equal.
+                for correction in dict.fromkeys((given, *CORRECTIONS)):
+                    config = replace(self.config, correction=correction)
+                    errors[correction] = drifted_error(weight, decoded(weight, shown, spec, config), held)
+                found[spec] = min(errors, key=errors.__getitem__)
         seen.take_held()
-        return replace(config, correction=best), f"correction {best:g} was best on held-out text"
+        return found
+
+
+def decoded(weight: Tensor, shown: Shown, spec: QuantSpec, config: GptqConfig) -> Tensor:
+    """What :func:`solve` makes of a weight, as a weight ``[O, I]``."""
+    solved, _ = solve(weight, shown, spec, config)
+    return decode(solved.codes, solved.grid)
 
 
 def solve(weight: Tensor, shown: Shown, spec: QuantSpec, config: GptqConfig) -> tuple[GptqResult, str | None]:

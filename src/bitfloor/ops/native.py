@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -223,12 +224,15 @@ def rounding_for(*tensors: Tensor | None) -> Rounding | None:
 
 @cache
 def _triton() -> Rounding | None:
-    """None where Triton is not installed (it comes with torch's builds for GPUs)."""
+    """None where Triton is not installed (it comes with torch's builds for GPUs), or cannot compile."""
     try:
         from bitfloor.ops.triton.rounding import TritonLibrary
-    except ImportError:
+
+        library, one = TritonLibrary(), torch.ones(1, 1, device="cuda")
+        library.fake_quantize(one, None, one, one, 2, 1, torch.empty_like(one))
+    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError):
         return None
-    return TritonLibrary()
+    return library
 
 
 @cache

@@ -85,6 +85,7 @@ def make_report(
                 "learning": part.get("learning"),
                 "output_error": report["output_error"],
                 "note": report["note"],
+                **({"chosen": report["chosen"]} if "chosen" in report else {}),
             }
     layouts = {name: layout for part in facts.values() for name, layout in part["layouts"].items()}
     return {

@@ -135,7 +135,9 @@ def _check_tuned_head(model: ModelShape, job: Job) -> None:
         return
     if model.tied:
         raise InputError("tune.head needs a head of its own, but this model's head is its embedding; leave it out.")
-    if job.head is None or model.head is None:
+    if model.head is None:
+        raise InputError("tune.head needs a head, and this model has none; leave it out.")
+    if job.head is None:
         raise InputError(
             "tune.head needs a quantized head, and head.bits leaves it at 16; use 8 or 4, or leave it out."
         )

@@ -101,6 +101,7 @@ def make_plan(
                 "shape": list(ref.shape),
                 "bits": 8 * held[ref.param][1] // held[ref.param][0] if spec is None else spec.bits,
                 "group_size": None if spec is None else spec.columns_per_group(ref.shape[1]),
+                "rotation": None if spec is None else spec.rotation,
                 "bytes": sizes[name],
                 "kept": assignment.kept.get(name),
             }
@@ -251,9 +252,8 @@ def _solver_memory(source: SourceModel, job: Job, assignment: Assignment) -> int
                 alive = FLOAT * sum(block[i].shape[1] ** 2 for i in groups)
             else:
                 alive = square * max(1, sum(1 for other in block if other.param == ref.param))
-            sums = alive * (2 if Need.EXACT in needs else 1) * (2 if Need.HELD_OUT in needs else 1)
-            if assignment.specs[ref.name].rotation:
-                sums += square * (2 if Need.EXACT in needs else 1)
+            kinds = (2 if Need.EXACT in needs else 1) * (2 if Need.HELD_OUT in needs else 1)
+            sums = kinds * (alive + (square if assignment.specs[ref.name].rotation else 0))
             memory = stack + sums + square + max(2 * DOUBLE // FLOAT * square, SOLVER_COPIES * stacked)
         worst = max(worst, memory)
     return worst

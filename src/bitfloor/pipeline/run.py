@@ -168,6 +168,11 @@ class Run:
             absent = sorted(set(specs) - set(result.weights))
             if absent:
                 raise BitfloorError(f"the method {self.job.method.name} returned nothing for {absent[0]}.")
+            for name, spec in specs.items():
+                found = result.weights[name].rotation
+                if found != spec.rotation:
+                    method = self.job.method.name
+                    raise BitfloorError(f"the method {method} rotated {name} by {found}, not by {spec.rotation}.")
             trim_heap()
             dense = {name: dequantize(w) for name, w in result.weights.items()}
             error = self._advance(runner, dense, targets or None)
@@ -265,6 +270,7 @@ class Run:
             tensors[name] = self.source.read(name)
         reports = {
             name: {"output_error": r.output_error, "seconds": r.seconds, "note": r.note}
+            | ({"chosen": dict(r.chosen)} if r.chosen else {})
             for name, r in result.reports.items()
         }
         for name, report in result.reports.items():

@@ -117,7 +117,8 @@ class LayerRule(_Part):
         if self.keep and self.changes:
             raise PydanticCustomError("rule", f"keeps the matrix and also sets {', '.join(self.changes)}; do only one")
         if not self.keep and not self.changes:
-            raise PydanticCustomError("rule", "changes nothing; give bits, group_size, symmetric, rotation or keep")
+            known = "bits, group_size, symmetric, rotation"
+            raise PydanticCustomError("rule", f"changes nothing; give {known}, or keep: true")
         if self.reason is not None and not self.keep:
             raise PydanticCustomError("rule", "gives a reason without keep: true; remove it or keep the matrix")
         return self
@@ -225,9 +226,11 @@ class Recipe(_Part):
         absent = {"tune"} if self.tune is None else set()
         found = self.model_dump(mode="json", exclude={"name", "description", *absent})
         # What came later is left out where it is not used, so that older recipes keep their hash.
-        for part in (found["spec"], *found["layers"]):
-            if not part["rotation"]:
-                del part["rotation"]
+        if not self.spec.rotation:
+            del found["spec"]["rotation"]
+        for rule in found["layers"]:
+            if rule["rotation"] is None:  # 0 says that the default's rotation is not wanted
+                del rule["rotation"]
         if self.tune is not None and not self.tune.head:
             del found["tune"]["head"]
         return found

@@ -153,7 +153,8 @@ class PackedMatrix(nn.Module):
 
     def extra_repr(self) -> str:
         widths = "+".join(f"{s['columns']}x{s['bits']}bit" for s in self.layout["segments"])
-        return f"{self.shape[1]} -> {self.shape[0]}, {widths}"
+        rotation = self.layout.get("rotation", 0)
+        return f"{self.shape[1]} -> {self.shape[0]}, {widths}" + (f", rotated by {rotation}" if rotation else "")
 
 
 class PackedLinear(PackedMatrix):

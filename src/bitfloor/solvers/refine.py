@@ -16,7 +16,8 @@ weight carries what the start knows: a code that was moved away from the nearest
 border and goes back after one step, one that was nearest lies where ``w`` lies. A latent weight in the middle of its
 code would forget that; all codes then flip at the same step, and learning diverges.
 
-A move of the zero-point shifts code and zero-point alike, so it changes those weights only that are clamped:
+A move of the zero-point shifts code and zero-point alike, so it changes those weights only that are clamped (none is at
+the start), and it is rounded, so its steps must sum to a half before anything changes:
 ``dL/dz = s sum_j g (m - 1)`` with ``m`` one where a code is not. Instead of by signs, everything may move by AdamW, on
 the gradients ``dL/dV = s m g``, ``dL/dgamma = s0 dL/ds`` and the above.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bitfloor.core import rotation
 from bitfloor.core.affine import encode, pack
 from bitfloor.core.errors import InputError
 from bitfloor.core.packed import dequantize
@@ -49,6 +50,27 @@ def test_half_types_and_empty_tensors() -> None:
     assert rotate(x, 16).dtype == torch.bfloat16
     assert torch.equal(rotate(x, 16), rotate(x.float(), 16).bfloat16())
     assert rotate(torch.empty(0, 32), 16).shape == (0, 32)
+
+
+def test_modes_of_the_first_caller_do_not_matter() -> None:
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    expected = rotate(x, 32)
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        rotation._hadamard.cache_clear()
+        with mode:
+            assert torch.equal(rotate(x, 32), expected)
+    rotation._hadamard.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(rotate(x, 32), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    rotation._hadamard.cache_clear()
+    with torch.inference_mode():
+        rotate(x, 32)
+    leaf = x.clone().requires_grad_()
+    torch.autograd.backward(rotate(leaf, 32).sum())
+    assert leaf.grad is not None
 
 
 def test_a_packed_matrix_is_rotated_back() -> None:

@@ -229,13 +229,19 @@ def test_the_correction_that_is_best_on_held_out_text_is_chosen_and_solved_with_
     # Drift that a linear map undoes: the more is corrected the better.
     drifted = [x * torch.linspace(0.7, 1.2, 24) for x in inputs]
     result = Gptq(GptqConfig(choose=True)).quantize_block(block, drifted, specs, inputs)
-    assert result.reports["a"].note == "correction 1 was best on held-out text"
+    assert result.reports["a"].chosen == {"correction": 1.0} and result.reports["a"].note is None
     full = Gptq(GptqConfig(correction=1.0)).quantize_block(block, drifted, specs, inputs)
     for name in ("a", "b"):
         torch.testing.assert_close(dequantize(result.weights[name]), dequantize(full.weights[name]))
     # No drift: nothing to correct, all shares are equal, and the first is taken.
     still = Gptq(GptqConfig(choose=True)).quantize_block(block, inputs, specs, inputs)
-    assert still.reports["a"].note == "correction 0 was best on held-out text"
+    assert still.reports["a"].chosen == {"correction": 0.0}
+    # Matrices of one input that are stored differently choose each for itself, and all get all of the text.
+    mixed = {"a": QuantSpec(3, 8), "b": QuantSpec(4, 8), "c": QuantSpec(3, 8)}
+    own = Gptq(GptqConfig(choose=True)).quantize_block(block, drifted, mixed, inputs)
+    assert own.reports["b"].chosen == {"correction": 1.0}
+    other = Gptq(GptqConfig(correction=1.0)).quantize_block(block, drifted, mixed, inputs)
+    torch.testing.assert_close(dequantize(own.weights["b"]), dequantize(other.weights["b"]))
 
 
 def test_too_little_text_to_hold_some_out_keeps_the_given_correction() -> None:
@@ -244,7 +250,8 @@ def test_too_little_text_to_hold_some_out_keeps_the_given_correction() -> None:
     chosen = Gptq(GptqConfig(correction=0.5, choose=True)).quantize_block(ToyBlock(), inputs, specs, inputs)
     given = Gptq(GptqConfig(correction=0.5)).quantize_block(ToyBlock(), inputs, specs, inputs)
     for name in NAMES:
-        assert chosen.reports[name].note is None
+        assert "too little text to choose the correction; 0.5 was kept" in str(chosen.reports[name].note)
+        assert not chosen.reports[name].chosen
         assert torch.equal(dequantize(chosen.weights[name]), dequantize(given.weights[name]))
 
 
@@ -262,3 +269,12 @@ def test_without_order_a_block_is_observed_once_on_its_float_matrices() -> None:
     flat = torch.cat([x.reshape(-1, 24) for x in inputs])
     alone = solved_alone(block.weight("c"), (flat @ block.weight("a").T).relu(), specs["c"], GptqConfig())
     torch.testing.assert_close(dequantize(together.weights["c"]), dequantize(alone))
+
+
+def test_too_few_tokens_to_choose_from_do_not_choose() -> None:
+    inputs = batches(6, sequences=1, tokens=1)  # five to solve with, six are needed
+    specs = {"a": QuantSpec(3, 8)}
+    chosen = Gptq(GptqConfig(correction=0.5, choose=True)).quantize_block(ToyBlock(), inputs, specs, inputs)
+    given = Gptq(GptqConfig(correction=0.5)).quantize_block(ToyBlock(), inputs, specs, inputs)
+    assert "0.5 was kept" in str(chosen.reports["a"].note)
+    assert torch.equal(dequantize(chosen.weights["a"]), dequantize(given.weights["a"]))

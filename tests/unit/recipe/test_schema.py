@@ -89,6 +89,17 @@ def test_a_rotation_is_in_the_hash_only_where_it_is_used() -> None:
     rule = parse_recipe(data(layers=[{"match": "*.down_proj", "rotation": 64}]), "x")
     assert plain.sha256() == zero.sha256() and "rotation" not in plain.content()["spec"]
     assert len({plain.sha256(), turned.sha256(), rule.sha256()}) == 3
+    spec = {**data()["spec"], "rotation": 64}
+    for said in ({"bits": 4}, {"bits": 4, "rotation": 0}, {"rotation": 0}):
+        mixed = parse_recipe(data(spec=spec, layers=[{"match": "*.down_proj", **said}]), "x")
+        assert mixed.decide("a.down_proj").spec.rotation == (64 if "rotation" not in said else 0)
+        again = parse_recipe(mixed.content(), "x")
+        assert again.sha256() == mixed.sha256() and again.decide("a.down_proj") == mixed.decide("a.down_proj")
+    kinds = [
+        parse_recipe(data(spec=spec, layers=[{"match": "*.down_proj", "bits": 4, **more}]), "x")
+        for more in ({}, {"rotation": 0})
+    ]
+    assert kinds[0].sha256() != kinds[1].sha256()
     assert rule.decide("a.down_proj").spec.rotation == 64 and rule.decide("a.up_proj").spec.rotation == 0
 
 

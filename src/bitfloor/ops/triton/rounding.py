@@ -9,6 +9,7 @@ Imported only where a tensor lies on a GPU, or by tests through Triton's interpr
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -141,7 +142,9 @@ class TritonLibrary:
         """Move ``shift`` in place, if there is one; returns ``towards`` and ``clipped`` ``[O, G]`` float32."""
         towards, clipped = torch.empty_like(scale), torch.empty_like(scale)
         programs, sizes, tile = _tiles(weight, scale, bits, group_size)
-        if weight.numel():
+        if not weight.numel():
+            return towards, clipped
+        with _on(weight):
             _step_kernel[programs](
                 weight,
                 weight if shift is None else shift,
@@ -163,8 +166,10 @@ class TritonLibrary:
         weight: Tensor, shift: Tensor | None, scale: Tensor, zero: Tensor, bits: int, group_size: int, out: Tensor
     ) -> None:
         programs, sizes, tile = _tiles(weight, scale, bits, group_size)
-        if weight.numel():
-            given, wanted = shift is not None, out.dtype == torch.uint8
+        if not weight.numel():
+            return
+        given, wanted = shift is not None, out.dtype == torch.uint8
+        with _on(weight):
             _round_kernel[programs](
                 weight,
                 shift if given else weight,
@@ -177,6 +182,11 @@ class TritonLibrary:
                 CODES=wanted,
                 enable_fp_fusion=False,
             )
+
+
+def _on(tensor: Tensor) -> Any:
+    """Launches inside go to the tensor's own GPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _tiles(weight: Tensor, scale: Tensor, bits: int, group_size: int) -> tuple[Any, tuple[Any, ...], dict[str, int]]:

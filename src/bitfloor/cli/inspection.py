@@ -110,6 +110,7 @@ class Inspection:
                     "name": layer.name,
                     "shape": list(layer.shape),
                     "segments": [dict(segment) for segment in layer.segments],
+                    "rotation": layer.rotation,
                     "bytes": layer.nbytes,
                     "bits_per_weight": layer.bits_per_weight,
                     "block_error": layer.block_error,

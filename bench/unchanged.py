@@ -27,6 +27,7 @@ import cost
 import record
 import yardstick
 
+STEPS = 10  # of learning, at most
 SCORE = """
 import json, sys
 from bitfloor import evaluate
@@ -84,6 +85,19 @@ def candidates(results: Path, package: Path) -> list[dict[str, Any]]:
     return found
 
 
+def shortened(recipe: dict[str, Any]) -> list[str]:
+    """Overrides that leave fewer steps to take, for recipes that learn."""
+    from bitfloor.recipe.load import load_recipe
+
+    resolved = load_recipe(recipe["preset"], recipe["overrides"])
+    found = []
+    if resolved.method.options.get("steps", 0) > STEPS:
+        found.append(f"method.steps={STEPS}")
+    if resolved.tune is not None:
+        found.append(f"tune.steps={STEPS}")
+    return found
+
+
 def made_by(tree: Path, line: Sequence[Any], out: Path, text: Path) -> dict[str, Any]:
     """Hashes of what one version of the code writes, and its score on the text."""
     shutil.rmtree(out, ignore_errors=True)
@@ -114,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, recipe = result["code"], result["recipe"]
         now = record.code_sha256(code["parts"])
         line = [model, "--recipe", recipe["preset"], f"calibration.text={text.name}", *recipe["overrides"]]
-        line.append(f"calibration.sequences={args.sequences}")
+        line += [f"calibration.sequences={args.sequences}", *shortened(recipe)]
         key = repr([part for part in line if not str(part).startswith("calibration.sequences")])
         if key not in seen:
             outs = [args.work.resolve() / name for name in ("by-older", "by-newer")]

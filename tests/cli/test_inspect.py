@@ -11,7 +11,7 @@ from cli.conftest import Folder, Run
 from bitfloor.pipeline.timing import remember
 
 SCHEMA = {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "tuning", "layers"}
-LAYER = {"name", "shape", "segments", "bytes", "bits_per_weight", "block_error", "learning"}
+LAYER = {"name", "shape", "segments", "rotation", "bytes", "bits_per_weight", "block_error", "learning"}
 
 
 def test_the_json_is_exactly_the_documented_one(run: Run, folder: Folder) -> None:
@@ -35,6 +35,7 @@ def test_the_json_is_exactly_the_documented_one(run: Run, folder: Folder) -> Non
         "name": "model.layers.2.up",
         "shape": [16, 64],
         "segments": [{"bits": 4, "columns": 32, "group_size": 32}, {"bits": 1, "columns": 32, "group_size": 32}],
+        "rotation": 0,
         "bytes": 394,
         "bits_per_weight": 8 * 394 / 1024,
         "block_error": 0.25,

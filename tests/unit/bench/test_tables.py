@@ -113,10 +113,15 @@ def test_a_result_is_compared_with_the_software_that_makes_the_same_kind_of_thin
     record.write_result(results / "yardstick" / "bitfloor-w2g64.json", ours("bitfloor-w2g64", 3.3, 2.28))
     rival = {**peer(2, 3.45, tool="auto-round", iters=200, enable_alg_ext=True), "bits_per_linear_weight": 2.25}
     record.write_result(results / "peers" / "other.json", rival)
+    plain = {**peer(2, 3.5, tool="auto-round", iters=200), "bits_per_linear_weight": 2.25}
+    record.write_result(results / "peers" / "another.json", plain)
     rows = compare.compare(results)["peers"]
     pairs = {(row["ours"], row["peer"]) for row in rows if row["bits"] == 2}
-    assert pairs == {(name, "other"), ("bitfloor-w2g64", "other"), ("gptq-w2g64", "w2-wild")}
-    assert tables.settings_cell(rows[-1]["peer_settings"]) == "asym, alg_ext, iters=200"
+    # SignRound meets SignRound; what is ours meets everything.
+    own = {(name, "another"), ("bitfloor-w2g64", "other"), ("bitfloor-w2g64", "another")}
+    assert pairs == {*own, ("gptq-w2g64", "w2-wild")}
+    extended = next(row for row in rows if row["peer"] == "other")
+    assert tables.settings_cell(extended["peer_settings"]) == "asym, alg_ext, iters=200"
     rates = {"sym": True, "iters": 200}
     assert [tables.settings_cell({**rates, "lr": lr}) for lr in (0.005, 0.002)] == [
         "sym, iters=200",

@@ -71,13 +71,14 @@ def series(results: Mapping[str, Mapping[str, Any]], text: str) -> tuple[list[Se
         if content["embedding_bits"] == tables.FLOAT_EMBEDDING and name.endswith("g64"):
             lines.setdefault(method_of(name), []).append((content["bits_per_linear_weight"], value))
             stored[content["name"]] = content["bits_per_linear_weight"]
-    best: dict[str, set[tuple[float, float]]] = {}
+    best: dict[str, dict[float, float]] = {}
     for row in results.get("comparison", {}).get("peers", ()):
         if row["strongest"] and row["text"] == text and row["ours"] in stored:
             # Where a peer's bits were not counted, its file would hold what ours holds at that width.
             bits = row["peer_bits"] or stored[row["ours"]]
-            best.setdefault(row["peer_tool"].split()[0] + PEER, set()).add((bits, row["peer_ppl"]))
-    found = [*sorted(lines.items()), *sorted(best.items())]
+            drawn = best.setdefault(row["peer_tool"].split()[0] + PEER, {})
+            drawn[bits] = min(drawn.get(bits, row["peer_ppl"]), row["peer_ppl"])
+    found = [*sorted(lines.items()), *((name, list(best[name].items())) for name in sorted(best))]
     return [Series(name, tuple(sorted(points))) for name, points in found], exact
 
 

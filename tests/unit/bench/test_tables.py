@@ -113,7 +113,7 @@ def test_a_result_is_compared_with_the_software_that_makes_the_same_kind_of_thin
     record.write_result(results / "yardstick" / "bitfloor-w2g64.json", ours("bitfloor-w2g64", 3.3, 2.28))
     rival = {**peer(2, 3.45, tool="auto-round", iters=200, enable_alg_ext=True), "bits_per_linear_weight": 2.25}
     record.write_result(results / "peers" / "other.json", rival)
-    plain = {**peer(2, 3.5, tool="auto-round", iters=200), "bits_per_linear_weight": 2.25}
+    plain = peer(2, 3.5, tool="auto-round", iters=200)
     record.write_result(results / "peers" / "another.json", plain)
     rows = compare.compare(results)["peers"]
     pairs = {(row["ours"], row["peer"]) for row in rows if row["bits"] == 2}

@@ -1,4 +1,4 @@
-"""Put the measured numbers into README.md, and refuse numbers that no longer describe the code.
+"""Put the measured numbers into the documents, and refuse numbers that no longer describe the code.
 
     python bench/tables.py           rewrite what stands between the markers
     python bench/tables.py --check   exit 1 if that would change anything, or if a result is stale
@@ -178,6 +178,33 @@ def determinism(results: Results) -> str:
     return markdown(["", "outcome"], rows)
 
 
+def ablation(results: Results) -> str:
+    """Variants on one block: what quantizing it costs, and the divergence of the whole model on unseen text."""
+    return _variants({key: value for key, value in results.items() if key.startswith("ablation/block")})
+
+
+def wider(results: Results) -> str:
+    """Windows of two blocks, and losses that weigh channels."""
+    return _variants({key: value for key, value in results.items() if key.startswith("ablation/wider")})
+
+
+def _variants(found: Results) -> str:
+    if not found:
+        raise SystemExit("bench/results/ablation is empty; docs/measuring.md says how it is made")
+    chosen = sorted(found.values(), key=lambda content: (content["bits"], content["block"]))
+    headings, names = [""], list(dict.fromkeys(row["name"] for content in chosen for row in content["variants"]))
+    cells: dict[str, list[str]] = {name: [name] for name in names}
+    for content in chosen:
+        where = f"block {content['block']}, W{content['bits']}"
+        headings += [f"{where}: CPU-seconds", "KL, C4", "KL, WikiText-2"]
+        rows = {row["name"]: row for row in content["variants"]}
+        for name in names:
+            row = rows.get(name)
+            told = [f"{row['cpu_seconds']:.1f}", f"{row['kl_c4']:.4f}", f"{row['kl_wiki']:.4f}"] if row else ["-"] * 3
+            cells[name] += told
+    return markdown(headings, cells.values())
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "yardstick": yardstick,
     "shipped": shipped,
@@ -185,7 +212,11 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "ranges": ranges,
     "memory": memory,
     "determinism": determinism,
+    "ablation": ablation,
+    "wider": wider,
 }
+# Documents with marked tables.
+DOCUMENTS = (record.ROOT / "README.md", record.ROOT / "docs" / "methods" / "bitfloor.md")
 
 
 def _comparison(results: Results) -> dict[str, Any]:
@@ -248,20 +279,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
     parser.add_argument("--list", action="store_true", help="name the tables and stop")
-    parser.add_argument("--file", type=Path, default=record.ROOT / "README.md")
+    parser.add_argument(
+        "--file", type=Path, action="append", help="a document; default: README.md and docs/methods/bitfloor.md"
+    )
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     args = parser.parse_args()
     if args.list:
         sys.stdout.write("".join(f"{name}: {make.__doc__}\n" for name, make in TABLES.items()))
         return
     complaints = stale_results(args.results)
-    text = args.file.read_text("utf-8")
-    made = render(text, load_results(args.results))
-    if made != text:
-        complaints.append(f"{args.file.name} is not what the results give; run python bench/tables.py")
-        if not args.check:
-            args.file.write_text(made, "utf-8")
-            complaints.pop()
+    results = load_results(args.results)
+    for document in args.file or DOCUMENTS:
+        text = document.read_text("utf-8")
+        made = render(text, results)
+        if made == text:
+            continue
+        if args.check:
+            complaints.append(f"{document.name} is not what the results give; run python bench/tables.py")
+        else:
+            document.write_text(made, "utf-8")
     for complaint in complaints:
         sys.stderr.write(complaint + "\n")
     sys.exit(1 if complaints else 0)

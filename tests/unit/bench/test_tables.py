@@ -149,6 +149,27 @@ def test_peers_of_other_tokens_are_left_out(results: Path) -> None:
     assert [row["text"] for row in rows if row["peer"] == "w3-best"] == ["wiki"]
 
 
+def test_variants_stand_side_by_side() -> None:
+    def content(block: int, bits: int, *names: str) -> dict[str, Any]:
+        rows = [{"name": name, "cpu_seconds": 1.26, "kl_c4": 0.5, "kl_wiki": bits / 10} for name in names]
+        return {"block": block, "bits": bits, "variants": rows}
+
+    found = {
+        "ablation/block12-w3": content(12, 3, "start"),
+        "ablation/block12-w2": content(12, 2, "start", "steps"),
+        "ablation/wider-block12-w2": content(12, 2, "pair"),
+    }
+    lines = tables.ablation(found).splitlines()
+    assert lines[0].startswith("|  | block 12, W2: CPU-seconds | KL, C4 | KL, WikiText-2 | block 12, W3")
+    assert lines[2:] == [
+        "| start | 1.3 | 0.5000 | 0.2000 | 1.3 | 0.5000 | 0.3000 |",
+        "| steps | 1.3 | 0.5000 | 0.2000 | - | - | - |",
+    ]
+    assert tables.wider(found).splitlines()[2:] == ["| pair | 1.3 | 0.5000 | 0.2000 |"]
+    with pytest.raises(SystemExit, match="ablation is empty"):
+        tables.ablation({})
+
+
 def test_a_lost_window_is_refused(results: Path) -> None:
     path = results / "yardstick" / "gptq-w3g64.json"
     content = record.read_result(path)

@@ -2,8 +2,8 @@
 
     python bench/ablation.py --model DIR --block 12 --bits 2
 
-The blocks before are quantized by the fast preset of the same width, so the block's input has drifted as it does in a
-run. Then the block is quantized by each variant in turn, from the same inputs, and everything behind it stays float.
+The blocks before are quantized by the fast preset at 4 bits: the block's input has drifted as it does in a run, but not
+so far that nothing else could be seen. Then the block is quantized by each variant in turn, from the same inputs, and everything behind it stays float.
 For each variant: CPU seconds of quantizing the block; relative squared error of its output on the calibration text; and
 on text of two kinds that did not calibrate (documents of C4 after those that do, WikiText-2's validation part) that
 error and the KL divergence of the next-token distribution from that of the same model with this block float.
@@ -25,7 +25,7 @@ from typing import Any
 
 import record
 
-FAST = "bitfloor-fast-w{bits}g64"
+BEFORE = "bitfloor-fast-w4g64"
 OWN = "bitfloor-w{bits}g64"
 START = ("method.steps=0",)
 # Name, preset, overrides; {bits} is filled in.
@@ -119,7 +119,7 @@ def load_ids(args: argparse.Namespace) -> tuple[list[Any], dict[str, range]]:
 
 
 def prepare(args: argparse.Namespace) -> Setting:
-    """Lead both streams to the block, through blocks that the fast preset quantizes."""
+    """Lead both streams to the block, through blocks that the fast preset quantizes at 4 bits."""
     import torch
 
     from bitfloor.api import make_job
@@ -136,7 +136,7 @@ def prepare(args: argparse.Namespace) -> Setting:
     source.release_outer()
     exact = list(captured.hidden)
     inputs = list(exact)
-    job = make_job(load_recipe(FAST.format(bits=args.bits)), source)
+    job = make_job(load_recipe(BEFORE), source)
     few = 32 // BATCH
     with torch.no_grad():
         for k in range(args.block + 1):

@@ -6,7 +6,7 @@
 output of the second. *Weights.* The loss of a block weighs each hidden channel by how much the next-token loss reacts
 to it: the mean square of its gradient, which is the diagonal of the empirical Fisher matrix.
 
-Set-up, texts and judgement are those of ``ablation.py``: the blocks before are quantized by the fast preset, those
+Set-up, texts and judgement are those of ``ablation.py``: the blocks before are quantized at 4 bits, those
 behind stay float, and what counts is the KL divergence on text of two kinds that did not calibrate.
 """
 

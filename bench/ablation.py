@@ -3,10 +3,10 @@
     python bench/ablation.py --model DIR --block 12 --bits 2
 
 The blocks before are quantized by the fast preset at 4 bits: the block's input has drifted as it does in a run, but not
-so far that nothing else could be seen. Then the block is quantized by each variant in turn, from the same inputs, and everything behind it stays float.
-For each variant: CPU seconds of quantizing the block; relative squared error of its output on the calibration text; and
-on text of two kinds that did not calibrate (documents of C4 after those that do, WikiText-2's validation part) that
-error and the KL divergence of the next-token distribution from that of the same model with this block float.
+so far that nothing else could be seen. Then the block is quantized by each variant in turn, from the same inputs, and
+everything behind it stays float. For each variant: CPU seconds of quantizing the block; relative squared error of its
+output on the calibration text; and on text of two kinds that did not calibrate (documents of C4 after those that do,
+WikiText-2's validation part) that error and the KL divergence of the next-token distribution from the float model's.
 
 Texts: ``calib/c4_calibration.txt`` and ``wikitext2/wiki.valid.raw`` below the folder of the data (docs/measuring.md);
 the texts of the yardstick are not touched, so choices may be made by what comes out. One thread is best: seconds of two

@@ -28,6 +28,8 @@ import record
 BEFORE = "bitfloor-fast-w4g64"
 OWN = "bitfloor-w{bits}g64"
 START = ("method.steps=0",)
+FIXED = "method.choose=false"
+SIGN = ("method.optimizer=sign", "method.rate=0.005")
 # Name, preset, overrides; {bits} is filled in.
 VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("round to nearest, min-max", "rtn-minmax-w{bits}g64", ()),
@@ -36,24 +38,27 @@ VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("signround, 200 steps", "signround-w{bits}g64", ()),
     ("signround, 200 steps, rotated", "signround-w{bits}g64", ("spec.rotation=64",)),
     ("start", OWN, START),
+    ("start, correction 0.5 everywhere", OWN, (*START, FIXED)),
     ("start, not rotated", OWN, (*START, "spec.rotation=0")),
     ("start, rotated in blocks of 16", OWN, (*START, "spec.rotation=16")),
     ("start, rotated in blocks of 512", OWN, (*START, "spec.rotation=512")),
-    ("start, no correction", OWN, (*START, "method.correction=0")),
-    ("start, full correction", OWN, (*START, "method.correction=1")),
-    ("start, correction chosen", OWN, (*START, "method.choose=true")),
+    ("start, no correction", OWN, (*START, FIXED, "method.correction=0")),
+    ("start, full correction", OWN, (*START, FIXED, "method.correction=1")),
     ("start, one pass a block", OWN, (*START, "method.sequential=false")),
     ("start, no sweeps", OWN, (*START, "method.sweeps=0")),
     ("start, 5 sweeps", OWN, (*START, "method.sweeps=5")),
-    ("50 steps", OWN, ("method.steps=50", "method.rate=0.007")),
+    ("50 steps", OWN, ("method.steps=50", "method.rate=0.0035")),
     ("100 steps", OWN, ()),
     ("100 steps, not rotated", OWN, ("spec.rotation=0",)),
     ("100 steps, nothing suppressed", OWN, ("method.suppress=0",)),
-    ("100 steps, zero-points too", OWN, ("method.zero_share=8",)),
-    ("100 steps of AdamW", OWN, ("method.optimizer=adamw",)),
-    ("100 steps, twice as large", OWN, ("method.rate=0.01",)),
-    ("100 steps, four times as large", OWN, ("method.rate=0.02",)),
-    ("200 smaller steps", OWN, ("method.steps=200", "method.rate=0.003")),
+    ("100 steps, zero-points too", OWN, ("method.zero_share=16",)),
+    ("100 steps, half as large", OWN, ("method.rate=0.00125",)),
+    ("100 steps, twice as large", OWN, ("method.rate=0.005",)),
+    ("100 steps, four times as large", OWN, ("method.rate=0.01",)),
+    ("100 steps, eight times as large", OWN, ("method.rate=0.02",)),
+    ("100 steps of the sign", OWN, SIGN),
+    ("100 steps of the sign, twice as large", OWN, (*SIGN, "method.rate=0.01")),
+    ("200 steps", OWN, ("method.steps=200",)),
 )
 CALIBRATION = "calib/c4_calibration.txt"
 VALIDATION = "wikitext2/wiki.valid.raw"

@@ -70,17 +70,19 @@ def learn(block: Any, runners: Sequence[Any], packed: dict[str, Any], job: Any, 
     from bitfloor.core.rotation import rotate
     from bitfloor.methods.bitfloor import SCALE_SHARE, codes_and_grid
     from bitfloor.methods.learning import FIXED_BATCHES, spread, turned
+    from bitfloor.solvers.adamw import AdamW
     from bitfloor.solvers.block_opt import Schedule, optimise
     from bitfloor.solvers.refine import Refinement
 
-    learnt = {}
+    config, learnt = job.method.config, {}
     for runner in runners:
         for name in runner.names:
             if name in packed:
                 spec = job.decide(name)[0]
                 weight = rotate(runner.weight(name), spec.rotation)
-                learnt[name] = turned(Refinement(weight, *codes_and_grid(packed[name], spec)), spec)
-    config, (loss, count) = job.method.config, loss_of(block)
+                adam = AdamW() if config.optimizer == "adamw" else None
+                learnt[name] = turned(Refinement(weight, *codes_and_grid(packed[name], spec), adam=adam), spec)
+    loss, count = loss_of(block)
     schedule = Schedule(config.steps, config.rate, SCALE_SHARE * config.rate)
     outcome = optimise(learnt, loss, range(count), spread(range(count), FIXED_BATCHES), schedule)
     return {n: dequantize(pack(*best, job.decide(n)[0].rotation)) for n, best in outcome.best.items()}

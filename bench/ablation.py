@@ -27,9 +27,10 @@ import record
 
 BEFORE = "bitfloor-fast-w4g64"
 OWN = "bitfloor-w{bits}g64"
-START = ("method.steps=0",)
+ADAM = ("method.optimizer=adamw", "method.rate=0.0025", "method.choose=true")
+START = ("method.steps=0", "method.choose=true")
 FIXED = "method.choose=false"
-SIGN = ("method.optimizer=sign", "method.rate=0.005")
+SIGN = ("method.optimizer=sign", "method.rate=0.005", "method.choose=true")
 # Name, preset, overrides; {bits} is filled in.
 VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("round to nearest, min-max", "rtn-minmax-w{bits}g64", ()),
@@ -47,18 +48,18 @@ VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("start, one pass a block", OWN, (*START, "method.sequential=false")),
     ("start, no sweeps", OWN, (*START, "method.sweeps=0")),
     ("start, 5 sweeps", OWN, (*START, "method.sweeps=5")),
-    ("50 steps", OWN, ("method.steps=50", "method.rate=0.0035")),
-    ("100 steps", OWN, ()),
-    ("100 steps, not rotated", OWN, ("spec.rotation=0",)),
-    ("100 steps, nothing suppressed", OWN, ("method.suppress=0",)),
-    ("100 steps, zero-points too", OWN, ("method.zero_share=16",)),
-    ("100 steps, half as large", OWN, ("method.rate=0.00125",)),
-    ("100 steps, twice as large", OWN, ("method.rate=0.005",)),
-    ("100 steps, four times as large", OWN, ("method.rate=0.01",)),
-    ("100 steps, eight times as large", OWN, ("method.rate=0.02",)),
+    ("50 steps", OWN, (*ADAM, "method.steps=50", "method.rate=0.0035")),
+    ("100 steps", OWN, ADAM),
+    ("100 steps, not rotated", OWN, (*ADAM, "spec.rotation=0")),
+    ("100 steps, nothing suppressed", OWN, (*ADAM, "method.suppress=0")),
+    ("100 steps, zero-points too", OWN, (*ADAM, "method.zero_share=16")),
+    ("100 steps, half as large", OWN, (*ADAM, "method.rate=0.00125")),
+    ("100 steps, twice as large", OWN, (*ADAM, "method.rate=0.005")),
+    ("100 steps, four times as large", OWN, (*ADAM, "method.rate=0.01")),
+    ("100 steps, eight times as large", OWN, (*ADAM, "method.rate=0.02")),
     ("100 steps of the sign", OWN, SIGN),
     ("100 steps of the sign, twice as large", OWN, (*SIGN, "method.rate=0.01")),
-    ("200 steps", OWN, ("method.steps=200",)),
+    ("200 steps", OWN, (*ADAM, "method.steps=200")),
 )
 CALIBRATION = "calib/c4_calibration.txt"
 VALIDATION = "wikitext2/wiki.valid.raw"

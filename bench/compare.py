@@ -25,8 +25,7 @@ CONTESTS = (
     ("auto-round", "signround-w{bits}g{group}+calibration.batch_size-4"),
     ("auto-round", "bitfloor-w{bits}g{group}"),
     ("auto-round", "bitfloor-tuned-w{bits}g{group}"),
-    ("auto-round", "bitfloor-w{bits}g{group}+method.optimizer-sign+method.rate-0.005+method.choose-false"),
-    ("auto-round", "bitfloor-w{bits}g{group}+sequences-64+method.steps-0+method.choose-false"),
+    ("auto-round", "bitfloor-w{bits}g{group}+sequences-64+method.steps-0"),
     ("auto-round", "bitfloor-fast-w{bits}g{group}+sequences-16"),
 )
 # What is here as published meets the same there: auto-round's extension is another algorithm.

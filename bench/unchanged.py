@@ -27,6 +27,13 @@ import cost
 import record
 import yardstick
 
+# Overrides that say what was done before there was a choice: code without the choice does not know them.
+NEUTRAL = ("spec.rotation=0", "method.optimizer=sign", "method.choose=false")
+HASH = """
+import sys
+from bitfloor.recipe.load import load_recipe
+print(load_recipe(sys.argv[1], sys.argv[3:], calibration=sys.argv[2]).sha256())
+"""
 STEPS = 10  # of learning, at most
 SCORE = """
 import json, sys
@@ -85,6 +92,22 @@ def candidates(results: Path, package: Path) -> list[dict[str, Any]]:
     return found
 
 
+def known(tree: Path, recipe: dict[str, Any]) -> list[str]:
+    """The overrides of a recipe as a version of the code knows them: with them it has the recipe's hash.
+
+    Raises:
+        SystemExit: it has another recipe under that name.
+    """
+    plain = [override for override in recipe["overrides"] if override not in NEUTRAL]
+    environment = {**cost.source_environment(), "PYTHONPATH": str(tree / "src")}
+    for overrides in (recipe["overrides"], plain):
+        command = [sys.executable, "-c", HASH, recipe["preset"], recipe["calibration"], *overrides]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.stdout.strip() == recipe["sha256"]:
+            return list(overrides)
+    raise SystemExit(f"{tree.name} makes something else of the recipe {recipe['preset']}")
+
+
 def shortened(recipe: dict[str, Any]) -> list[str]:
     """Overrides that leave fewer steps to take, for recipes that learn."""
     from bitfloor.recipe.load import load_recipe
@@ -127,12 +150,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for result in candidates(args.results, tree / "src" / "bitfloor"):
         code, recipe = result["code"], result["recipe"]
         now = record.code_sha256(code["parts"])
-        line = [model, "--recipe", recipe["preset"], f"calibration.text={text.name}", *recipe["overrides"]]
-        line += [f"calibration.sequences={args.sequences}", *shortened(recipe)]
-        key = repr([part for part in line if not str(part).startswith("calibration.sequences")])
+        lines = []
+        for version in (tree, record.ROOT):
+            line = [model, "--recipe", recipe["preset"], f"calibration.text={text.name}", *known(version, recipe)]
+            lines.append([*line, f"calibration.sequences={args.sequences}", *shortened(recipe)])
+        key = repr([part for part in lines[1] if not str(part).startswith("calibration.sequences")])
         if key not in seen:
             outs = [args.work.resolve() / name for name in ("by-older", "by-newer")]
-            seen[key] = (made_by(tree, line, outs[0], text), made_by(record.ROOT, line, outs[1], text))
+            seen[key] = (made_by(tree, lines[0], outs[0], text), made_by(record.ROOT, lines[1], outs[1], text))
         older, newer = seen[key]
         same = older == newer
         changed += not same

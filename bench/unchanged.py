@@ -92,7 +92,7 @@ def candidates(results: Path, package: Path) -> list[dict[str, Any]]:
     return found
 
 
-def known(tree: Path, recipe: dict[str, Any]) -> list[str]:
+def in_words_of(tree: Path, recipe: dict[str, Any]) -> list[str]:
     """The overrides of a recipe as a version of the code knows them: with them it has the recipe's hash.
 
     Raises:
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = cut(args.model.resolve(), args.layers, args.work.resolve() / "model")
     tree = older_tree(args.commit, args.work.resolve())
     path = args.results / "unchanged.json"
-    known: list[dict[str, Any]] = record.read_result(path)["pairs"] if path.exists() else []
+    pairs: list[dict[str, Any]] = record.read_result(path)["pairs"] if path.exists() else []
     settings = {"commit": args.commit, "layers": args.layers, "sequences": args.sequences}
     settings["model"] = args.model.resolve().name
     seen: dict[str, tuple[Any, Any]] = {}
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         now = record.code_sha256(code["parts"])
         lines = []
         for version in (tree, record.ROOT):
-            line = [model, "--recipe", recipe["preset"], f"calibration.text={text.name}", *known(version, recipe)]
+            line = [model, "--recipe", recipe["preset"], f"calibration.text={text.name}", *in_words_of(version, recipe)]
             lines.append([*line, f"calibration.sequences={args.sequences}", *shortened(recipe)])
         key = repr([part for part in lines[1] if not str(part).startswith("calibration.sequences")])
         if key not in seen:
@@ -165,11 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if same:
             ran = record.code_sha256(code["parts"], tree / "src" / "bitfloor")
             pair = {"result": result["name"], "parts": code["parts"], "was": ran, "is": now, **settings, **newer}
-            known = [
-                *(other for other in known if (other["result"], other["was"]) != (pair["result"], pair["was"])),
+            pairs = [
+                *(other for other in pairs if (other["result"], other["was"]) != (pair["result"], pair["was"])),
                 pair,
             ]
-            content = {**record.header(()), "pairs": known}
+            content = {**record.header(()), "pairs": pairs}
             del content["code"]
             record.write_result(path, content)
     return 1 if changed else 0

@@ -89,10 +89,12 @@ def test_every_matrix_is_in_the_plan_once(source: SourceModel) -> None:
         "shape": [48, 80],
         "bits": 32,  # as wide as the source has it
         "group_size": None,
+        "rotation": None,
         "bytes": 48 * 80 * 4,
         "kept": "sensitive",
     }
     assert rows["lm_head"]["kept"] == "head.bits is 16"
+    assert rows["model.layers.0.mlp.up_proj"]["rotation"] == 0
     assert rows["model.embed_tokens"]["bits"] == 8 and rows["model.embed_tokens"]["group_size"] == 48
     # [80, 48]: 5 row blocks of 2 tiles of 32 columns, 64 * 3 bytes each; 2 groups a row: a 16-bit scale each,
     # and for 16 rows 2 * 3 bytes of zero-points.

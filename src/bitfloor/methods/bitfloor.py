@@ -1,4 +1,4 @@
-"""bitfloor's own way: error-compensated codes on searched grids, then a few sign steps on the whole block."""
+"""bitfloor's own way: error-compensated codes on searched grids, then a few steps on the whole block."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCALE_SHARE = 0.5  # step of the scales' factors, of the rounding's step
 
 
 class Bitfloor:
-    """GPTQ with correction as a start, refined by signed gradient descent.
+    """GPTQ with correction as a start, refined by gradients: their signs, or AdamW.
 
     Where SignRound takes 200 steps from round-to-nearest, the start has done most of their work in closed form, layer
     by layer; what is left to gradients is what layers do to each other.

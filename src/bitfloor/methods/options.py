@@ -111,7 +111,7 @@ class BitfloorConfig:
     """Options of ``method: {name: bitfloor}``.
 
     Args:
-        steps: sign steps a block after the start; 0 keeps the start: no back-propagation.
+        steps: steps a block after the start; 0 keeps the start: no back-propagation.
         rate: first step of the rounding, in steps of the grid; falls linearly to zero. The scales' factors take steps
             of half that size.
         suppress: share of the largest squared errors of a batch that its loss leaves out.

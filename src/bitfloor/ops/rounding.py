@@ -2,7 +2,7 @@
 
 What is computed is defined in :mod:`bitfloor.ops.rounding_reference`, in torch, for any device and any strides. Dense
 float32 matrices on the CPU go to the native kernel (``csrc/rounding.cpp``) if it was built, those on a GPU to Triton's;
-both give the same values.
+both give the same values, but for the last bits of Triton's sums.
 Nothing here is part of a graph: the gradient of the loss is an argument.
 """
 

@@ -137,6 +137,7 @@ def quantize(args: argparse.Namespace) -> None:
     options = {"bits": args.bits, "group_size": args.group_size, "sym": not args.asym, "iters": args.steps}
     options |= {} if args.lr is None else {"lr": args.lr}
     options |= {"enable_alg_ext": True} if args.alg_ext else {}
+    options |= {} if args.seed is None else {"seed": args.seed}
 
     log = BlockLog()
     logging.getLogger("autoround").addHandler(log)
@@ -154,6 +155,7 @@ def quantize(args: argparse.Namespace) -> None:
     save_file(weights, args.weights)
     scales = 16 / args.group_size + (args.bits / args.group_size if args.asym else 0)
     chosen = {"bits": args.bits, "group_size": args.group_size, "settings": describe(compressor)}
+    chosen |= {} if args.seed is None else {"seed": args.seed}
     measured = {
         **found,
         "bits_per_linear_weight": args.bits + scales,
@@ -182,6 +184,7 @@ def parse_arguments() -> argparse.Namespace:
     grid.add_argument("--asym", action="store_true", help="sym=False")
     step.add_argument("--steps", type=int, default=200, help="iters")
     step.add_argument("--lr", type=float, help="default: the library's, 1 / steps")
+    step.add_argument("--seed", type=int, help="of the order of the batches; default: the library's, 42")
     step.add_argument("--alg-ext", action="store_true", help="enable_alg_ext=True")
     step.add_argument("--nsamples", dest="documents", type=int, default=128)
     step.add_argument("--min-chars", type=int, default=1500)

@@ -242,7 +242,7 @@ def make_job(recipe: Recipe, source: SourceModel, device: str = "cpu") -> Job:
     _check_widths(recipe, source, getattr(method, "min_bits", 1))
     head = recipe.embedding if recipe.head.bits is None else recipe.head
     return Job(
-        method=method(build_config(recipe.method, recipe.name)),
+        method=method(build_config(recipe.method, recipe.name), recipe.seed),
         decide=recipe.decide,
         embedding=_end_spec(recipe.embedding.bits, recipe.embedding.group_size, recipe),
         head=_end_spec(head.bits or 16, head.group_size, recipe),

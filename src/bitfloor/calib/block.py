@@ -51,6 +51,7 @@ class BlockRunner:
         self.names = [ref.name for ref in refs]
         self._refs = {ref.name: ref for ref in refs}
         self._local = {ref.name: ref.param.removeprefix(f"{prefix}.") for ref in refs}
+        self._stacks = _whole_stacks(module, refs, self._local)
         self._calls = calls
         self._once: set[str] | None = None
         found: list[Any] = [getattr(part, "config", None) for part in module.modules()]
@@ -76,7 +77,14 @@ class BlockRunner:
         return self._refs[name]
 
     def weight(self, name: str) -> Tensor:
-        """The float weight as float32 ``[O, I]``: a view of the parameter wherever it already is float32."""
+        """The float weight as float32 ``[O, I]``: a view of the parameter wherever it already is float32.
+
+        Of a stack, see `stacks`, all matrices row below row.
+        """
+        if name in self._stacks:
+            first = self._refs[self._stacks[name][0]]
+            whole = self.module.get_parameter(self._local[first.name]).detach()
+            return (whole.transpose(1, 2) if first.transposed else whole).reshape(-1, first.shape[1]).float()
         ref = self.ref(name)
         tensor = self.module.get_parameter(self._local[name]).detach()
         tensor = tensor if ref.index is None else tensor[ref.index]
@@ -243,6 +251,14 @@ class BlockRunner:
             stages.setdefault(key, []).append(group)
         return list(stages.values())
 
+    def stacks(self) -> Mapping[str, tuple[str, ...]]:
+        """Experts that are one parameter, all of them and in order, by the name of that parameter.
+
+        The name is understood wherever the name of a matrix is overridden and by `weight`: it means all experts as one
+        matrix, row below row.
+        """
+        return self._stacks
+
     def _unseen(self, found: Groups, seen: set[str]) -> Groups:
         twin = {}
         for group in found:
@@ -290,6 +306,12 @@ class BlockRunner:
         made = Prepared()
         stacks: dict[str, dict[int, Tensor]] = {}
         for name, weight in overrides.items():
+            if name in self._stacks:
+                first = self.ref(self._stacks[name][0])
+                whole = weight.view(len(self._stacks[name]), *first.shape)
+                stored = whole.transpose(1, 2).contiguous() if first.transposed else whole
+                made[self._local[first.name]] = stored.to(self.module.get_parameter(self._local[first.name]).dtype)
+                continue
             ref = self.ref(name)
             if tuple(weight.shape) != ref.shape:
                 raise BitfloorError(
@@ -342,6 +364,19 @@ class BlockRunner:
             for config, value in zip(self._configs, before, strict=True):
                 if value != "eager":
                     config._experts_implementation = value
+
+
+def _whole_stacks(module: nn.Module, refs: Sequence[MatrixRef], local: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, list[MatrixRef]] = {}
+    for ref in refs:
+        if ref.index is not None:
+            found.setdefault(ref.param, []).append(ref)
+    whole = {
+        param: sorted(parts, key=lambda ref: ref.index or 0)
+        for param, parts in found.items()
+        if len(parts) == len(module.get_parameter(local[parts[0].name]))
+    }
+    return {param: tuple(ref.name for ref in parts) for param, parts in whole.items()}
 
 
 def _widened(value: Any) -> Any:

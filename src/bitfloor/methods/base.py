@@ -76,6 +76,12 @@ class Block(Protocol):
     def stages(self, groups: Groups) -> list[Groups]:
         """Groups that do not feed each other, merged: the same projection of all experts is one stage."""
 
+    def stacks(self) -> Mapping[str, tuple[str, ...]]:
+        """Matrices that lie on top of each other in one parameter (experts), in order, by a name of their own.
+
+        `weight` and `forward` take that name as well: all of them as one matrix, row below row.
+        """
+
 
 @dataclass(frozen=True)
 class MatrixReport:
@@ -128,7 +134,7 @@ class Method(Protocol):
     summary: ClassVar[str]
     Config: ClassVar[type[Any]]
 
-    def __init__(self, config: Any) -> None: ...
+    def __init__(self, config: Any, seed: int = 0) -> None: ...
 
     @property
     def learnt_bytes(self) -> int:

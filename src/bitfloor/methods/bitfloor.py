@@ -16,7 +16,7 @@ from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, Need
 from bitfloor.methods.gptq import Gptq
-from bitfloor.methods.learning import learn_block, learning_of, turned
+from bitfloor.methods.learning import learn_block, learning_of, split, stack, turned, units
 from bitfloor.methods.options import BitfloorConfig
 from bitfloor.solvers.adamw import AdamW
 from bitfloor.solvers.block_opt import Schedule
@@ -34,12 +34,13 @@ class Bitfloor:
 
     name: ClassVar[str] = "bitfloor"
     paper: ClassVar[str] = "GPTQ, arXiv 2210.17323; QEP, arXiv 2504.09629; SignRound, arXiv 2309.05516"
-    summary: ClassVar[str] = "GPTQ with correction as a start, then a few sign steps a block; minutes per model"
+    summary: ClassVar[str] = "GPTQ with correction as a start, then a hundred steps a block; minutes per model"
     Config: ClassVar[type[BitfloorConfig]] = BitfloorConfig
     min_bits: ClassVar[int] = 2
 
-    def __init__(self, config: BitfloorConfig) -> None:
+    def __init__(self, config: BitfloorConfig, seed: int = 0) -> None:
         self.config = config
+        self.seed = seed
         self._start = Gptq(config.start)
 
     @property
@@ -66,23 +67,24 @@ class Bitfloor:
             return result
         began = time.perf_counter()
         config = self.config
-        learnt = {
-            name: turned(
-                Refinement(
-                    rotate(block.weight(name), spec.rotation),
-                    *codes_and_grid(result.weights[name], spec),
-                    zero_share=config.zero_share,
-                    adam=AdamW() if config.optimizer == "adamw" else None,
-                ),
-                spec,
+        tall = units(block, specs)
+        learnt = {}
+        for unit, names in tall.items():
+            spec = specs[names[0]]
+            refinement = Refinement(
+                rotate(block.weight(unit), spec.rotation),
+                *stack([codes_and_grid(result.weights[name], spec) for name in names]),
+                zero_share=config.zero_share,
+                adam=AdamW() if config.optimizer == "adamw" else None,
             )
-            for name, spec in specs.items()
-        }
-        schedule = Schedule(config.steps, config.rate, SCALE_SHARE * config.rate)
+            learnt[unit] = turned(refinement, spec)
+        schedule = Schedule(config.steps, config.rate, SCALE_SHARE * config.rate, seed=self.seed)
         outcome = learn_block(block, inputs, targets, learnt, schedule, config.suppress)
         seconds = (time.perf_counter() - began) / len(specs)
         result.learning = learning_of(outcome)
-        for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
+        rounded = split(tall, outcome.best)
+        for index, name in enumerate(specs):
+            codes, grid = rounded[name]
             result.weights[name] = pack(codes, grid, specs[name].rotation)
             before = result.reports[name]
             notes = [note for note in (before.note, outcome.note if index == 0 else None) if note]

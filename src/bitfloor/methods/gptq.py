@@ -39,7 +39,7 @@ class Gptq:
     Config: ClassVar[type[GptqConfig]] = GptqConfig
     learnt_bytes: ClassVar[int] = 0
 
-    def __init__(self, config: GptqConfig) -> None:
+    def __init__(self, config: GptqConfig, seed: int = 0) -> None:
         self.config = config
 
     @property

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitfloor.core.affine import Grid
 from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, Learning
 from bitfloor.solvers.block_opt import Learnable, Outcome, Schedule, optimise
 
 FIXED_BATCHES = 4  # spread over the text; they decide which step is best
+
+Units = dict[str, tuple[str, ...]]
+Rounded = tuple[Tensor, Grid]
 
 
 class Turned:
@@ -35,6 +40,50 @@ class Turned:
 def turned(learnt: Learnable, spec: QuantSpec) -> Learnable:
     """What the block sees of a learnable made of a matrix rotated as ``spec`` says."""
     return Turned(learnt, spec.rotation) if spec.rotation else learnt
+
+
+def units(block: Block, specs: Mapping[str, QuantSpec]) -> Units:
+    """What is learnt as one matrix: each matrix by itself, but experts of one parameter together, row below row.
+
+    Rounding knows nothing beyond its row, so the outcome is the same; but one call serves all experts of a layer, and
+    none of them is copied back into the stack at every step. A stack of which some experts are stored differently, or
+    are kept, is learnt one by one.
+
+    Returns:
+        names of the matrices by name of the unit, in the order of ``specs``.
+    """
+    stacked = {}
+    for stack, names in block.stacks().items():
+        wanted = {specs.get(name) for name in names}
+        if len(wanted) == 1 and None not in wanted:
+            stacked.update(dict.fromkeys(names, (stack, names)))
+    return dict(stacked.get(name, (name, (name,))) for name in specs)
+
+
+def stack(parts: Sequence[Rounded]) -> Rounded:
+    """Codes ``[O, I]`` and grids of the matrices of a unit as those of one matrix."""
+    if len(parts) == 1:
+        return parts[0]
+    codes, grids = zip(*parts, strict=True)
+    zeros = [grid.zero for grid in grids if grid.zero is not None]
+    grid = replace(grids[0], scale=torch.cat([g.scale for g in grids]), zero=torch.cat(zeros))
+    return torch.cat(codes), grid
+
+
+def split(tall: Units, best: Mapping[str, Rounded]) -> dict[str, Rounded]:
+    """Codes and grid of every matrix from those of the units, each in memory of its own."""
+    found: dict[str, Rounded] = {}
+    for unit, names in tall.items():
+        codes, grid = best[unit]
+        if len(names) == 1:
+            found[names[0]] = (codes, grid)
+            continue
+        count = len(names)
+        zeros = [None] * count if grid.zero is None else grid.zero.chunk(count)
+        for name, part, scale, zero in zip(names, codes.chunk(count), grid.scale.chunk(count), zeros, strict=True):
+            own = replace(grid, scale=scale.clone(), zero=None if zero is None else zero.clone())
+            found[name] = (part.clone(), own)
+    return found
 
 
 def learn_block(

@@ -28,7 +28,7 @@ class Rtn:
     Config: ClassVar[type[RtnConfig]] = RtnConfig
     learnt_bytes: ClassVar[int] = 0
 
-    def __init__(self, config: RtnConfig) -> None:
+    def __init__(self, config: RtnConfig, seed: int = 0) -> None:
         self.config = config
 
     @property

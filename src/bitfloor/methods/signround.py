@@ -11,7 +11,7 @@ from bitfloor.core.heap import trim_heap
 from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need
-from bitfloor.methods.learning import learn_block, learning_of, turned
+from bitfloor.methods.learning import learn_block, learning_of, split, turned, units
 from bitfloor.methods.options import SignroundConfig
 from bitfloor.solvers.block_opt import Schedule
 from bitfloor.solvers.signround import SignRound
@@ -35,8 +35,9 @@ class Signround:
     learnt_bytes: ClassVar[int] = 17
     min_bits: ClassVar[int] = 2
 
-    def __init__(self, config: SignroundConfig) -> None:
+    def __init__(self, config: SignroundConfig, seed: int = 0) -> None:
         self.config = config
+        self.seed = seed
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -56,10 +57,13 @@ class Signround:
             return result
         began = time.perf_counter()
         config = self.config
-        learnt = {
-            name: turned(SignRound(rotate(block.weight(name), spec.rotation), spec, tune_range=config.ranges), spec)
-            for name, spec in specs.items()
-        }
+        tall = units(block, specs)
+        learnt = {}
+        for unit, names in tall.items():
+            spec = specs[names[0]]
+            learnt[unit] = turned(
+                SignRound(rotate(block.weight(unit), spec.rotation), spec, tune_range=config.ranges), spec
+            )
         schedule = Schedule(
             steps=config.steps,
             rate=config.rate,
@@ -67,11 +71,14 @@ class Signround:
             accumulate=config.accumulate,
             check_every=config.check_every,
             patience=config.patience,
+            seed=self.seed,
         )
         outcome = learn_block(block, inputs, targets, learnt, schedule)
         seconds = (time.perf_counter() - began) / len(specs)
         result.learning = learning_of(outcome)
-        for index, (name, (codes, grid)) in enumerate(outcome.best.items()):
+        rounded = split(tall, outcome.best)
+        for index, name in enumerate(specs):
+            codes, grid = rounded[name]
             result.weights[name] = pack(codes, grid, specs[name].rotation)
             # What went wrong concerns the whole block; it is said once.
             result.reports[name] = MatrixReport(None, seconds, outcome.note if index == 0 else None)

@@ -83,6 +83,9 @@ class ToyBlock:
             merged.setdefault(group[0].split(".")[0], []).append(group)
         return list(merged.values())
 
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        return {}
+
     def _run(self, x: Tensor, note: Callable[[str, Tensor], None], overrides: Mapping[str, Tensor]) -> Tensor:
         def apply(name: str, rows: Tensor) -> Tensor:
             note(name, rows)

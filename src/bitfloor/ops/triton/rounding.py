@@ -34,6 +34,25 @@ def _rounded(weight, shift, scale, zero, top, SHIFTED: tl.constexpr):  # type: i
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _tile(  # type: ignore[no-untyped-def]
+    weight, shift, scale, zero, rows, columns, groups, size, R: tl.constexpr, B: tl.constexpr, SHIFTED: tl.constexpr
+):
+    """A program's tile: its elements' places and which are in the matrix, likewise its groups', and what lies there."""
+    row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
+    group = tl.program_id(1)
+    inner = tl.arange(0, B)[None, :]
+    column = group * size + inner
+    here = (row < rows) & (inner < size) & (column < columns)
+    at = row.to(tl.int64) * columns + column
+    of = row.to(tl.int64) * groups + group
+    s = tl.load(scale + of, mask=row < rows, other=1.0)
+    z = tl.load(zero + of, mask=row < rows, other=0.0)
+    w = tl.load(weight + at, mask=here, other=0.0)
+    v = tl.load(shift + at, mask=here, other=0.0) if SHIFTED else w
+    return at, here, of, row < rows, w, v, s, z
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _round_kernel(  # type: ignore[no-untyped-def]
     weight,
     shift,
@@ -51,17 +70,7 @@ def _round_kernel(  # type: ignore[no-untyped-def]
     CODES: tl.constexpr,
 ):
     """Write fake-quantized weights, or codes."""
-    row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
-    group = tl.program_id(1)
-    inner = tl.arange(0, B)[None, :]
-    column = group * size + inner
-    here = (row < rows) & (inner < size) & (column < columns)
-    at = row.to(tl.int64) * columns + column
-    of = row.to(tl.int64) * groups + group
-    s = tl.load(scale + of, mask=row < rows, other=1.0)
-    z = tl.load(zero + of, mask=row < rows, other=0.0)
-    w = tl.load(weight + at, mask=here, other=0.0)
-    v = tl.load(shift + at, mask=here, other=0.0) if SHIFTED else w
+    at, here, _, _, w, v, s, z = _tile(weight, shift, scale, zero, rows, columns, groups, size, R, B, SHIFTED)
     code, _ = _rounded(w, v, s, z, top, SHIFTED)
     if CODES:
         tl.store(out + at, code.to(tl.uint8), mask=here)
@@ -89,25 +98,15 @@ def _step_kernel(  # type: ignore[no-untyped-def]
     SHIFTED: tl.constexpr,
 ):
     """Move ``shift`` in place and write both sums of every group."""
-    row = tl.program_id(0) * R + tl.arange(0, R)[:, None]
-    group = tl.program_id(1)
-    inner = tl.arange(0, B)[None, :]
-    column = group * size + inner
-    here = (row < rows) & (inner < size) & (column < columns)
-    at = row.to(tl.int64) * columns + column
-    of = row.to(tl.int64) * groups + group
-    s = tl.load(scale + of, mask=row < rows, other=1.0)
-    z = tl.load(zero + of, mask=row < rows, other=0.0)
-    w = tl.load(weight + at, mask=here, other=0.0)
+    at, here, of, known, w, v, s, z = _tile(weight, shift, scale, zero, rows, columns, groups, size, R, B, SHIFTED)
     g = tl.load(grad + at, mask=here, other=0.0)
-    v = tl.load(shift + at, mask=here, other=0.0) if SHIFTED else w
     code, inside = _rounded(w, v, s, z, top, SHIFTED)
     exact = tl.where(inside, tl.math.div_rn(w, tl.broadcast_to(s, w.shape)), 0.0)
     # Elements outside of the matrix have no gradient.
     slope = tl.where(here, ((code - z) - exact) * g, 0.0)
     lost = tl.where(here & (inside == 0), -g, 0.0)
-    tl.store(towards + of, tl.sum(slope, 1, keep_dims=True), mask=row < rows)
-    tl.store(clipped + of, tl.sum(lost, 1, keep_dims=True), mask=row < rows)
+    tl.store(towards + of, tl.sum(slope, 1, keep_dims=True), mask=known)
+    tl.store(clipped + of, tl.sum(lost, 1, keep_dims=True), mask=known)
     if SHIFTED:
         sign = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0)) * tl.where(s > 0, 1.0, tl.where(s < 0, -1.0, 0.0))
         tl.store(shift + at, v - rate * tl.where(inside, sign, 0.0), mask=here)

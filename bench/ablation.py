@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,14 +124,37 @@ def load_ids(args: argparse.Namespace) -> tuple[list[Any], dict[str, range]]:
     return ids, texts
 
 
-def prepare(args: argparse.Namespace) -> Setting:
-    """Lead both streams to the block, through blocks that the fast preset quantizes at 4 bits."""
+Before = Callable[[Any, Any, list[Any]], Mapping[str, Any]]
+
+
+def by_fast_preset(source: Any) -> Before:
+    """Quantizes a block, given its inputs, by the fast preset at 4 bits."""
+    from bitfloor.api import make_job
+    from bitfloor.core.packed import dequantize
+    from bitfloor.recipe.load import load_recipe
+
+    job = make_job(load_recipe(BEFORE), source)
+
+    def dense(runner: Any, refs: Any, inputs: list[Any]) -> Mapping[str, Any]:
+        specs = {ref.name: spec for ref in refs if (spec := job.decide(ref.name)[0])}
+        made = job.method.quantize_block(runner, inputs[: 32 // BATCH], specs)
+        return {name: dequantize(weight) for name, weight in made.weights.items()}
+
+    return dense
+
+
+def prepare(args: argparse.Namespace, before: Callable[[Any], Before] = by_fast_preset) -> Setting:
+    """Lead both streams to the block, through blocks with other weights in the second one.
+
+    Args:
+        args: of the command line.
+        before: made with the model; gives the weights of a block's matrices by name, from runner, matrices and inputs.
+    """
     import torch
 
     from bitfloor.api import make_job
     from bitfloor.calib.block import BlockRunner
     from bitfloor.calib.capture import capture
-    from bitfloor.core.packed import dequantize
     from bitfloor.modeling.loader import open_source
     from bitfloor.recipe.load import load_recipe
 
@@ -142,18 +165,15 @@ def prepare(args: argparse.Namespace) -> Setting:
     source.release_outer()
     exact = list(captured.hidden)
     inputs = list(exact)
-    job = make_job(load_recipe(BEFORE), source)
-    few = 32 // BATCH
+    products, replaced = make_job(load_recipe(BEFORE), source).products, before(source)
     with torch.no_grad():
         for k in range(args.block + 1):
             block, refs = source.load_block(k), source.map.block_matrices(k)
-            runner = BlockRunner(block, source.map.block_path(k), refs, captured.calls[k], job.products)
+            runner = BlockRunner(block, source.map.block_path(k), refs, captured.calls[k], products)
             targets = [runner.forward(x, i) for i, x in enumerate(exact)]
             if k == args.block:
                 break
-            specs = {ref.name: job.decide(ref.name)[0] for ref in refs}
-            made = job.method.quantize_block(runner, inputs[:few], {n: s for n, s in specs.items() if s})
-            weights = runner.prepare({name: dequantize(weight) for name, weight in made.weights.items()})
+            weights = runner.prepare(replaced(runner, refs, inputs))
             inputs = [runner.forward(x, i, weights) for i, x in enumerate(inputs)]
             exact = targets
             source.release_block(k)

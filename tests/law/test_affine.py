@@ -78,6 +78,22 @@ def test_packing_changes_no_weight(spec: QuantSpec, rows: int, columns: int, see
 
 
 @LAW
+@given(SPECS, st.integers(1, 20), st.integers(1, 50), SEEDS, st.booleans(), st.lists(st.sampled_from(BITS), min_size=1))
+def test_packing_mixed_widths_changes_no_weight(
+    spec: QuantSpec, rows: int, columns: int, seed: int, search: bool, widths: list[int]
+) -> None:
+    groups = -(-columns // spec.columns_per_group(columns))
+    mixed = replace(spec, widths=tuple(widths[k % len(widths)] for k in range(groups)))
+    weight = heavy_tailed(rows, columns, seed)
+    grid = search_grid(weight, maybe(search, columns, seed), mixed)
+    codes = encode(weight, grid)
+    packed = pack(codes, grid)
+    assert torch.equal(dequantize(packed), decode(codes, grid))
+    assert [segment.bits for segment in packed.segments] == sorted(set(mixed.widths))
+    assert sum(segment.groups for segment in packed.segments) == groups
+
+
+@LAW
 @given(SPECS, st.integers(1, 12), st.integers(1, 40), SEEDS)
 def test_search_is_never_worse_than_minmax(spec: QuantSpec, rows: int, columns: int, seed: int) -> None:
     weight, importance = heavy_tailed(rows, columns, seed), importances(columns, seed)

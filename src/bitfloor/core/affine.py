@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitfloor.core.packed import PackedWeight, expand_groups, pack_segment
+from bitfloor.core.packed import PackedWeight, Segment, expand_groups, pack_segment
 
 # The smallest positive scale of each storage type: float16's smallest subnormal, and bfloat16's smallest normal number
 # (a reader that flushes subnormals to zero then still sees it).
@@ -27,8 +27,9 @@ class Grid:
 
     Args:
         scale: ``[O, G]`` float32, exactly representable in ``scale_dtype``; not zero, may be negative.
-        zero: ``[O, G]`` float32 holding integers in ``[0, 2^b - 1]``, or None when ``offset`` is given.
-        offset: ``[O, G]`` float32, representable in ``scale_dtype``; the additive constant when ``zero`` is None.
+        zero: ``[O, G]`` float32 holding integers in ``[0, 2^b - 1]``, or None where no group has one.
+        offset: ``[O, G]`` float32, representable in ``scale_dtype``; the additive constant of groups without a
+            zero-point, or None. Where both are given, one-bit groups have offsets and all others zero-points.
         bits: ``[G]`` int64 widths.
         group_size: columns per group; the last group may be short.
         constant_zero: every zero-point of a group of width b is ``2^(b-1)`` and is not stored.
@@ -46,10 +47,11 @@ class Grid:
     @property
     def shift(self) -> Tensor:
         """The additive constant ``[O, G]`` float32 of every group."""
-        if self.offset is not None:
+        if self.zero is None:
+            assert self.offset is not None
             return self.offset
-        assert self.zero is not None
-        return -self.zero * self.scale
+        by_zero = -self.zero * self.scale
+        return by_zero if self.offset is None else torch.where(self.bits == 1, self.offset, by_zero)
 
     @property
     def max_code(self) -> Tensor:
@@ -87,53 +89,73 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
 
 
 def pack(codes: Tensor, grid: Grid, rotation: int = 0) -> PackedWeight:
-    """Store codes and grid in one segment. All groups must have the same width.
+    """Store codes and grid: a segment for each width that occurs, narrow ones first, groups in natural order inside.
+
+    Where the groups' natural order is not already sorted by width, the stored order says where each went, one entry a
+    group.
 
     Args:
         codes: ``[O, I]`` uint8.
-        grid: of one width.
+        grid: of any widths.
         rotation: of the matrix that was quantized, see :class:`bitfloor.core.packed.PackedWeight`.
-
-    Raises:
-        ValueError: the grid mixes widths (those are sorted into segments by the mixed-precision methods).
     """
-    bits = int(grid.bits[0])
-    if not bool((grid.bits == bits).all()):
-        raise ValueError("a single segment holds one width")
+    rows, columns = codes.shape
+    widths = grid.bits.cpu()
+    order = torch.argsort(widths, stable=True)
+    segments: list[Segment] = []
+    for bits in sorted(set(widths.tolist())):
+        groups = order[widths[order] == bits]
+        # The last group may be short; it comes last in its segment.
+        at = (groups.unsqueeze(1) * grid.group_size + torch.arange(grid.group_size)).flatten()
+        start = segments[-1].stop if segments else 0
+        own = codes[:, at[at < columns].to(codes.device)].contiguous()
+        segments.append(_segment(own, grid, groups.to(codes.device), bits, start))
+    natural = bool((order == torch.arange(len(order))).all())
+    return PackedWeight(
+        (rows, columns), tuple(segments), None if natural else order, 1 if natural else grid.group_size, rotation
+    )
+
+
+def _segment(codes: Tensor, grid: Grid, groups: Tensor, bits: int, start: int) -> Segment:
+    """The segment of some groups of one width."""
+    by_zero = grid.zero is not None and (grid.offset is None or bits > 1)
     zero: Tensor | int | None = None
-    if grid.zero is not None:
-        zero = 1 << (bits - 1) if grid.constant_zero else grid.zero.to(torch.uint8)
-    segment = pack_segment(
+    if by_zero:
+        assert grid.zero is not None
+        zero = 1 << (bits - 1) if grid.constant_zero else grid.zero[:, groups].to(torch.uint8)
+    return pack_segment(
         codes,
-        grid.scale.to(grid.scale_dtype),
+        grid.scale[:, groups].to(grid.scale_dtype),
         bits=bits,
         group_size=grid.group_size,
         zero=zero,
-        offset=None if grid.offset is None else grid.offset.to(grid.scale_dtype),
+        offset=None if by_zero or grid.offset is None else grid.offset[:, groups].to(grid.scale_dtype),
+        start=start,
     )
-    return PackedWeight((codes.shape[0], codes.shape[1]), (segment,), rotation=rotation)
 
 
 def join_groups(parts: Sequence[Grid], group_size: int) -> Grid:
     """One grid from grids of one group each, in order.
 
     Args:
-        parts: grids of ``[O, 1]``, of one storage type and one form (zero-points or offsets).
+        parts: grids of ``[O, 1]``, of one storage type.
         group_size: columns per group of the whole; the last group may be short.
 
     Raises:
-        ValueError: some parts have zero-points and others offsets.
+        ValueError: a group wider than one bit has an offset, another group a zero-point.
     """
-    zeros = [part.zero for part in parts if part.zero is not None]
-    offsets = [part.offset for part in parts if part.offset is not None]
-    if zeros and offsets:
-        raise ValueError("groups with zero-points and groups with offsets do not fit one grid")
+    mixed = len({part.zero is None for part in parts}) > 1
+    if mixed and any(part.zero is None and int(part.bits[0]) > 1 for part in parts):
+        raise ValueError("beside groups with zero-points, only one-bit groups have offsets")
+    blank = torch.zeros_like(parts[0].scale)
+    zeros = [blank if part.zero is None else part.zero for part in parts if mixed or part.zero is not None]
+    offsets = [blank if part.offset is None else part.offset for part in parts if mixed or part.offset is not None]
     return Grid(
         torch.cat([part.scale for part in parts], dim=1),
         torch.cat(zeros, dim=1) if zeros else None,
         torch.cat(offsets, dim=1) if offsets else None,
         torch.cat([part.bits for part in parts]),
         group_size,
-        constant_zero=all(part.constant_zero for part in parts),
+        constant_zero=all(part.constant_zero for part in parts if part.zero is not None) and bool(zeros),
         scale_dtype=parts[0].scale_dtype,
     )

@@ -32,6 +32,7 @@ class QuantSpec:
         scale_dtype: ``"float16"`` or ``"bfloat16"``.
         rotation: input channels that a Hadamard matrix mixes before rounding, a power of two from 2 to 1024; 0 for
             none. See :mod:`bitfloor.core.rotation`.
+        widths: code width of every group, in natural order, where they differ; empty where ``bits`` is that of all.
 
     Raises:
         InputError: a value outside these ranges.
@@ -42,11 +43,13 @@ class QuantSpec:
     symmetric: bool = False
     scale_dtype: str = "float16"
     rotation: int = 0
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            known = ", ".join(map(str, BITS))
-            raise InputError(f"bits = {self.bits} is not a width bitfloor stores; use one of {known}.")
+        for bits in (self.bits, *self.widths):
+            if bits not in BITS:
+                known = ", ".join(map(str, BITS))
+                raise InputError(f"bits = {bits} is not a width bitfloor stores; use one of {known}.")
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(
                 f"group_size = {self.group_size} is no number of columns; use a positive one, or -1 for whole rows."
@@ -59,6 +62,20 @@ class QuantSpec:
     def columns_per_group(self, in_features: int) -> int:
         """Group size for a matrix with ``in_features`` columns: never larger than the row itself."""
         return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
+    def group_widths(self, in_features: int) -> tuple[int, ...]:
+        """Code width of every group of a matrix with ``in_features`` columns, in natural order.
+
+        Raises:
+            InputError: widths were given for another number of groups.
+        """
+        groups = -(-in_features // self.columns_per_group(in_features))
+        if self.widths and len(self.widths) != groups:
+            raise InputError(
+                f"{len(self.widths)} widths are given for a matrix of {groups} groups ({in_features} columns in groups "
+                f"of {self.columns_per_group(in_features)}); give one width a group."
+            )
+        return self.widths or (self.bits,) * groups
 
 
 @dataclass(frozen=True)

@@ -167,9 +167,12 @@ def solve(weight: Tensor, shown: Shown, spec: QuantSpec, config: GptqConfig) -> 
         note = f"saw {rows} calibration tokens for {columns} input channels; rounded to nearest instead"
         return GptqResult(encode(weight, grid), grid, config.damping, weight), note
     importance = tempered(hessian.diagonal(), config.importance) if config.range == "search" else None
+    widths = torch.tensor(spec.group_widths(columns))
     grids = GridSearch(
         spec.columns_per_group(columns),
-        lambda _, part, at: search_grid(part, None if importance is None else importance[at], spec),
+        lambda group, part, at: search_grid(
+            part, None if importance is None else importance[at], spec, widths[group : group + 1]
+        ),
         static=config.static_groups,
     )
     solved = gptq(

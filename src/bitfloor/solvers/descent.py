@@ -70,7 +70,7 @@ def descend(
             own, top = scale[group], tops[group]
             pivots = torch.where(live[first:last], local.diagonal(), torch.inf)
             descend_columns(found[first:last], slope, part, local, pivots, own, top)
-            if zero is not None:
+            if zero is not None and (grid.offset is None or tops[group] > 1.0):
                 centred = found[first:last] - zero[group]
                 own = _refitted(own, centred, slope, local, grid.scale_dtype)
                 part += centred * (own - scale[group])

@@ -28,9 +28,9 @@ ROUNDS = 4
 
 
 def group_bits(spec: QuantSpec, groups: int, bits: Tensor | None = None) -> Tensor:
-    """Widths ``[G]`` int64: those given, or the spec's for every group."""
+    """Widths ``[G]`` int64: those given, or the spec's."""
     if bits is None:
-        return torch.full((groups,), spec.bits, dtype=torch.int64)
+        bits = torch.tensor(spec.widths or (spec.bits,) * groups)
     if bits.shape != (groups,):
         raise InputError(f"bits per group has {tuple(bits.shape)} entries but the matrix has {groups} groups.")
     unknown = set(bits.tolist()) - set(BITS)
@@ -79,27 +79,33 @@ def search_grid(weight: Tensor, importance: Tensor | None, spec: QuantSpec, bits
     size = spec.columns_per_group(columns)
     dtype = getattr(torch, spec.scale_dtype)
     widths = group_bits(spec, -(-columns // size), bits).to(weight.device)
-    offset_form = bool((widths == 1).any())
+    one_bit = bool((widths == 1).any())
     valid = grouped(torch.ones(columns, device=weight.device), size)
     weights = valid if importance is None else normalised(grouped(importance.float(), size), valid)
     counted = weights.flatten()[:columns].contiguous()
-    scales, shifts = [], []
+    scales, zeros, offsets = [], [], []
     for part in torch.split(weight, max(1, CHUNK // columns)):
         groups = grouped(part.float(), size)
         scale, zero = _minmax(groups, widths, spec.symmetric, dtype)
         if importance is not None:
             dense = part.float().contiguous()
             scale, zero = _search(dense, counted, widths, (scale, zero), spec.symmetric, dtype, size)
-        if offset_form:
+        if one_bit:
             levels, low = _two_levels(groups, valid, None if importance is None else weights, dtype)
-            zero = torch.where(widths == 1, low, stored(-zero * scale, dtype))
             scale = torch.where(widths == 1, levels, scale)
+            offsets.append(low)
         scales.append(scale)
-        shifts.append(zero)
-    scale, shift = torch.cat(scales), torch.cat(shifts)
-    if offset_form:
-        return Grid(scale, None, shift, widths, size, scale_dtype=dtype)
-    return Grid(scale, shift, None, widths, size, constant_zero=spec.symmetric, scale_dtype=dtype)
+        zeros.append(zero)
+    only = one_bit and bool((widths == 1).all())
+    return Grid(
+        torch.cat(scales),
+        None if only else torch.cat(zeros),
+        torch.cat(offsets) if one_bit else None,
+        widths,
+        size,
+        constant_zero=spec.symmetric and not only,
+        scale_dtype=dtype,
+    )
 
 
 def tempered(importance: Tensor, exponent: float) -> Tensor:

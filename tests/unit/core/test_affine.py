@@ -105,7 +105,19 @@ def test_a_constant_zero_point_is_not_stored() -> None:
     assert segment.offset is not None
 
 
-def test_mixed_widths_do_not_fit_one_segment() -> None:
-    grid = Grid(torch.ones(1, 2), torch.zeros(1, 2), None, torch.tensor([2, 3]), 2)
-    with pytest.raises(ValueError, match="one width"):
-        pack(torch.zeros(1, 4, dtype=torch.uint8), grid)
+def test_widths_are_sorted_into_segments_and_the_order_says_where_groups_went() -> None:
+    bits = torch.tensor([3, 1, 2, 1, 3])
+    zero, offset = torch.ones(2, 5), -0.5 * torch.ones(2, 5)
+    grid = Grid(torch.ones(2, 5), zero, offset, bits, 2)
+    codes = torch.arange(9, dtype=torch.uint8).repeat(2, 1) % 2  # the last group has one column
+    packed = pack(codes, grid)
+    assert [(s.start, s.stop, s.bits, s.group_size) for s in packed.segments] == [
+        (0, 4, 1, 2),
+        (4, 6, 2, 2),
+        (6, 9, 3, 2),
+    ]
+    assert packed.order is not None and packed.order.tolist() == [1, 3, 2, 0, 4] and packed.order_unit == 2
+    assert [s.offset is not None for s in packed.segments] == [True, False, False]
+    assert torch.equal(dequantize(packed), decode(codes, grid))
+    sorted_already = pack(codes, replace(grid, bits=bits.sort().values))
+    assert sorted_already.order is None and sorted_already.order_unit == 1

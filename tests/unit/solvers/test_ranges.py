@@ -256,13 +256,13 @@ def test_bits_per_group_give_each_group_the_grid_of_its_width(symmetric: bool) -
             assert torch.equal(mixed.shift[:, group], own.shift[:, 0])
 
 
-def test_a_one_bit_group_among_others_puts_the_whole_matrix_into_offset_form() -> None:
+def test_a_one_bit_group_among_others_has_an_offset_and_they_keep_their_zero_points() -> None:
     weight = normal(5, 48)
     grid = minmax_grid(weight, QuantSpec(2, 16), torch.tensor([1, 2, 3]))
     one, two = minmax_grid(weight[:, :16], QuantSpec(1, 16)), minmax_grid(weight[:, 16:32], QuantSpec(2, 16))
-    assert grid.zero is None
+    assert grid.zero is not None
     assert grid.offset is not None
     assert torch.equal(grid.scale[:, 0], one.scale[:, 0])
     assert torch.equal(grid.shift[:, 0], one.shift[:, 0])
     assert torch.equal(grid.scale[:, 1], two.scale[:, 0])
-    assert torch.equal(grid.shift[:, 1], two.shift[:, 0].half().float())  # the product, rounded to 16 bits
+    assert torch.equal(grid.shift[:, 1], two.shift[:, 0])

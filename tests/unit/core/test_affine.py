@@ -111,7 +111,8 @@ def test_widths_are_sorted_into_segments_and_the_order_says_where_groups_went() 
     grid = Grid(torch.ones(2, 5), zero, offset, bits, 2)
     codes = torch.arange(9, dtype=torch.uint8).repeat(2, 1) % 2  # the last group has one column
     packed = pack(codes, grid)
-    assert [(s.start, s.stop, s.bits, s.group_size) for s in packed.segments] == [
+    found = [(s.start, s.stop, s.bits, s.group_size) for s in packed.segments]
+    assert found == [(0, 4, 1, 2), (4, 6, 2, 2), (6, 9, 3, 2)]
         (0, 4, 1, 2),
         (4, 6, 2, 2),
         (6, 9, 3, 2),

@@ -68,7 +68,7 @@ def learn(block: Any, runners: Sequence[Any], packed: dict[str, Any], job: Any, 
     from bitfloor.core.affine import pack
     from bitfloor.core.packed import dequantize
     from bitfloor.core.rotation import rotate
-    from bitfloor.methods.bitfloor import SCALE_SHARE, codes_and_grid
+    from bitfloor.methods.bitfloor import SCALE_SHARE, codes_and_grids
     from bitfloor.methods.learning import FIXED_BATCHES, spread, turned
     from bitfloor.solvers.adamw import AdamW
     from bitfloor.solvers.block_opt import Schedule, optimise
@@ -81,7 +81,7 @@ def learn(block: Any, runners: Sequence[Any], packed: dict[str, Any], job: Any, 
                 spec = job.decide(name)[0]
                 weight = rotate(runner.weight(name), spec.rotation)
                 adam = AdamW() if config.optimizer == "adamw" else None
-                learnt[name] = turned(Refinement(weight, *codes_and_grid(packed[name], spec), adam=adam), spec)
+                learnt[name] = turned(Refinement(weight, *codes_and_grids(packed[name], spec)[0], adam=adam), spec)
     loss, count = loss_of(block)
     schedule = Schedule(config.steps, config.rate, SCALE_SHARE * config.rate)
     outcome = optimise(learnt, loss, range(count), spread(range(count), FIXED_BATCHES), schedule)

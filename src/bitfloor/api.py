@@ -13,21 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfloor.core.bit_plan import BitPlan, read_plan
 from bitfloor.core.errors import InputError
 from bitfloor.core.precision import product_type
-from bitfloor.core.spec import QuantSpec
+from bitfloor.core.spec import BITS, QuantSpec
 from bitfloor.data.sources import load_text
 from bitfloor.data.tokenize import calibration_batches, token_sha256
 from bitfloor.environment import environment as environment
 from bitfloor.evaluation.generate import generate_text
 from bitfloor.evaluation.limits import context_length
+from bitfloor.methods.allocation import SbaConfig
 from bitfloor.methods.table import METHODS
 from bitfloor.modeling.loader import SourceModel, open_source
 from bitfloor.ops import native
 from bitfloor.pipeline.allocator import steady_allocation
 from bitfloor.pipeline.events import Progress, silent
 from bitfloor.pipeline.export import export_dense
-from bitfloor.pipeline.job import Job
+from bitfloor.pipeline.job import Allocation, Job
 from bitfloor.pipeline.plan import check_memory, make_plan
 from bitfloor.pipeline.quantize import quantize_model
 from bitfloor.pipeline.run import RunOptions
@@ -237,9 +239,16 @@ def make_job(recipe: Recipe, source: SourceModel, device: str = "cpu") -> Job:
         InputError: a layer rule that matches nothing, or a width the method does not know.
     """
     recipe.check_rules([ref.name for ref in source.map.matrices])
+    plan = None
+    if recipe.allocation is not None and recipe.allocation.plan is not None:
+        plan = read_plan(Path(recipe.allocation.plan))
+        # What decides the bytes is what is in the file.
+        named = recipe.allocation.model_copy(update={"plan": f"sha256:{plan.sha256()}"})
+        recipe = recipe.model_copy(update={"allocation": named})
     settled = _settled(recipe, device)
     method = METHODS[recipe.method.name]
-    _check_widths(recipe, source, getattr(method, "min_bits", 1))
+    _check_widths(recipe, source, plan)
+    _check_grids(recipe, source)
     head = recipe.embedding if recipe.head.bits is None else recipe.head
     return Job(
         method=method(build_config(recipe.method, recipe.name), recipe.seed),
@@ -250,7 +259,19 @@ def make_job(recipe: Recipe, source: SourceModel, device: str = "cpu") -> Job:
         recipe_name=recipe.name,
         recipe_sha256=recipe.sha256(),
         products=product_type(settled.calibration.precision, device),
+        allocation=_allocation(recipe),
+        plan=plan,
     )
+
+
+def _allocation(recipe: Recipe) -> Allocation | None:
+    """The recipe's allocation in the pipeline's terms."""
+    part = recipe.allocation
+    if part is None:
+        return None
+    importance = float(recipe.method.options.get("importance", SbaConfig.importance))
+    search = SbaConfig(part.uniform, part.ranges, importance, part.positional)
+    return Allocation(part.policy, part.average, tuple(sorted(set(part.widths))), part.scope, part.sequences, search)
 
 
 def _settled(recipe: Recipe, device: str) -> Recipe:
@@ -260,13 +281,30 @@ def _settled(recipe: Recipe, device: str) -> Recipe:
     return recipe.model_copy(update={"calibration": chosen})
 
 
-def _check_widths(recipe: Recipe, source: SourceModel, least: int) -> None:
+def _check_widths(recipe: Recipe, source: SourceModel, plan: BitPlan | None) -> None:
+    """Refuse SBA where one bit more or less is no width that is stored."""
+    if recipe.allocation is None or recipe.allocation.policy != "sba" or plan is not None:
+        return
     for ref in source.map.matrices:
         spec, _ = recipe.decide(ref.name)
-        if spec is not None and spec.bits < least:
+        unknown = [] if spec is None else [bits for bits in (spec.bits - 1, spec.bits + 1) if bits not in BITS]
+        if spec is not None and unknown:
             raise InputError(
-                f"{ref.name} is to be stored at {spec.bits} bit, and {recipe.method.name} needs at least {least}; "
-                "raise its bits, keep the matrix with a layer rule, or choose another method."
+                f"allocation by sba gives some groups of {ref.name} {unknown[0]} bits beside its {spec.bits}, which "
+                "are not stored; use 2 to 5 bits, or allocation.policy=budget."
+            )
+
+
+def _check_grids(recipe: Recipe, source: SourceModel) -> None:
+    """Refuse the published search of ranges where it is not defined."""
+    if recipe.method.options.get("range") != "sqc":
+        return
+    for ref in source.map.matrices:
+        spec, _ = recipe.decide(ref.name)
+        if spec is not None and spec.symmetric:
+            raise InputError(
+                f"method.range = sqc is for asymmetric grids, and {ref.name} is symmetric; "
+                "set its symmetric to false, or use range: search."
             )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from bitfloor.core.affine import Grid, pack
 from bitfloor.core.heap import trim_heap
@@ -16,10 +17,10 @@ from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, Need
 from bitfloor.methods.gptq import Gptq
-from bitfloor.methods.learning import learn_block, learning_of, split, stack, turned, units
+from bitfloor.methods.learning import Rounded, learn_block, learnable, learning_of, split, stack, units
 from bitfloor.methods.options import BitfloorConfig
 from bitfloor.solvers.adamw import AdamW
-from bitfloor.solvers.block_opt import Schedule
+from bitfloor.solvers.block_opt import Learnable, Schedule
 from bitfloor.solvers.refine import Refinement
 
 SCALE_SHARE = 0.5  # step of the scales' factors, of the rounding's step
@@ -36,7 +37,6 @@ class Bitfloor:
     paper: ClassVar[str] = "GPTQ, arXiv 2210.17323; QEP, arXiv 2504.09629; SignRound, arXiv 2309.05516"
     summary: ClassVar[str] = "GPTQ with correction as a start, then a hundred steps a block; minutes per model"
     Config: ClassVar[type[BitfloorConfig]] = BitfloorConfig
-    min_bits: ClassVar[int] = 2
 
     def __init__(self, config: BitfloorConfig, seed: int = 0) -> None:
         self.config = config
@@ -68,21 +68,22 @@ class Bitfloor:
         began = time.perf_counter()
         config = self.config
         tall = units(block, specs)
-        learnt = {}
+        learnt, parts = {}, {}
         for unit, names in tall.items():
             spec = specs[names[0]]
-            refinement = Refinement(
-                rotate(block.weight(unit), spec.rotation),
-                *stack([codes_and_grid(result.weights[name], spec) for name in names]),
-                zero_share=config.zero_share,
-                adam=AdamW() if config.optimizer == "adamw" else None,
-            )
-            learnt[unit] = turned(refinement, spec)
+            starts = [codes_and_grids(result.weights[name], spec) for name in names]
+
+            def refined(weight: Tensor, _: QuantSpec, index: int, starts: list[list[Rounded]] = starts) -> Learnable:
+                adam = AdamW() if config.optimizer == "adamw" else None
+                codes, grid = stack([start[index] for start in starts])
+                return Refinement(weight, codes, grid, zero_share=config.zero_share, adam=adam)
+
+            learnt[unit], parts[unit] = learnable(rotate(block.weight(unit), spec.rotation), spec, refined)
         schedule = Schedule(config.steps, config.rate, SCALE_SHARE * config.rate, seed=self.seed)
         outcome = learn_block(block, inputs, targets, learnt, schedule, config.suppress)
         seconds = (time.perf_counter() - began) / len(specs)
         result.learning = learning_of(outcome)
-        rounded = split(tall, outcome.best)
+        rounded = split(tall, outcome.best, parts)
         for index, name in enumerate(specs):
             codes, grid = rounded[name]
             result.weights[name] = pack(codes, grid, specs[name].rotation)
@@ -96,13 +97,25 @@ class Bitfloor:
         return result
 
 
-def codes_and_grid(weight: PackedWeight, spec: QuantSpec) -> tuple[torch.Tensor, Grid]:
-    """Codes ``[O, I]`` uint8 and grid of a matrix stored in one segment with zero-points, as it was packed."""
-    (segment,) = weight.segments
-    scale = segment.scale.float()
-    stored = segment.zero
-    zero = stored.float() if isinstance(stored, torch.Tensor) else torch.full_like(scale, 1 << (segment.bits - 1))
-    widths = torch.full((scale.shape[1],), segment.bits, dtype=torch.int64, device=scale.device)
-    dtype = getattr(torch, spec.scale_dtype)
-    grid = Grid(scale, zero, None, widths, segment.group_size, constant_zero=spec.symmetric, scale_dtype=dtype)
-    return segment_codes(segment, weight.shape[0]), grid
+def codes_and_grids(weight: PackedWeight, spec: QuantSpec) -> list[Rounded]:
+    """Codes ``[O, K]`` uint8 and grid of every segment of a matrix, as it was packed."""
+    found = []
+    for segment in weight.segments:
+        scale = segment.scale.float()
+        zero, offset = segment.zero, None
+        if segment.offset is not None:
+            zero, offset = None, segment.offset.float()
+        elif not isinstance(zero, Tensor):
+            zero = torch.full_like(scale, 1 << (segment.bits - 1))
+        widths = torch.full((scale.shape[1],), segment.bits, dtype=torch.int64, device=scale.device)
+        grid = Grid(
+            scale,
+            None if zero is None else zero.float(),
+            offset,
+            widths,
+            segment.group_size,
+            constant_zero=spec.symmetric and offset is None,
+            scale_dtype=getattr(torch, spec.scale_dtype),
+        )
+        found.append((segment_codes(segment, weight.shape[0]), grid))
+    return found

@@ -22,6 +22,7 @@ from bitfloor.methods.options import GptqConfig
 from bitfloor.solvers.descent import descend
 from bitfloor.solvers.gptq import GptqResult, GridSearch, gptq
 from bitfloor.solvers.ranges import search_grid, tempered
+from bitfloor.solvers.slim_sqc import sqc_grid
 
 # Below this many calibration tokens per input channel the Hessian says more about the tokens than about the layer.
 MIN_TOKENS_PER_CHANNEL = 0.25
@@ -168,13 +169,14 @@ def solve(weight: Tensor, shown: Shown, spec: QuantSpec, config: GptqConfig) -> 
         return GptqResult(encode(weight, grid), grid, config.damping, weight), note
     importance = tempered(hessian.diagonal(), config.importance) if config.range == "search" else None
     widths = torch.tensor(spec.group_widths(columns))
-    grids = GridSearch(
-        spec.columns_per_group(columns),
-        lambda group, part, at: search_grid(
-            part, None if importance is None else importance[at], spec, widths[group : group + 1]
-        ),
-        static=config.static_groups,
-    )
+
+    def find(group: int, part: Tensor, at: Tensor) -> Grid:
+        width = widths[group : group + 1]
+        if config.range == "sqc":
+            return sqc_grid(part, spec, width)
+        return search_grid(part, None if importance is None else importance[at], spec, width)
+
+    grids = GridSearch(spec.columns_per_group(columns), find, static=config.static_groups)
     solved = gptq(
         weight,
         hessian,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, Learning
 from bitfloor.solvers.block_opt import Learnable, Outcome, Schedule, optimise
+from bitfloor.solvers.columns import Columns, Share, joined, shares
 
 FIXED_BATCHES = 4  # spread over the text; they decide which step is best
 
@@ -60,29 +61,72 @@ def units(block: Block, specs: Mapping[str, QuantSpec]) -> Units:
     return dict(stacked.get(name, (name, (name,))) for name in specs)
 
 
+def learnable(
+    weight: Tensor, spec: QuantSpec, make: Callable[[Tensor, QuantSpec, int], Learnable]
+) -> tuple[Learnable, list[Share]]:
+    """What learns a matrix: one learnable, or one for the groups of each width.
+
+    Args:
+        weight: ``[O, I]`` float32, rotated if it is to be.
+        spec: storage.
+        make: called as ``make(part [O, K], spec, index)`` with the columns of a width, their storage, and the number of
+            the width among those that occur, narrow ones first.
+
+    Returns:
+        the learnable as the block sees it, and the shares whose snapshots it gives; none where there is one width.
+    """
+    size = spec.columns_per_group(weight.shape[1])
+    found = shares(spec.group_widths(weight.shape[1]), size, weight.shape[1])
+    if len(found) == 1:
+        return turned(make(weight, replace(spec, bits=found[0].bits, widths=()), 0), spec), []
+    parts = []
+    for index, share in enumerate(found):
+        # A group size in numbers: that of whole rows would be another for the part.
+        own = replace(spec, bits=share.bits, group_size=size, widths=())
+        parts.append((share, make(weight[:, share.columns.to(weight.device)].contiguous(), own, index)))
+    return turned(Columns(parts, (weight.shape[0], weight.shape[1]), size), spec), found
+
+
 def stack(parts: Sequence[Rounded]) -> Rounded:
     """Codes ``[O, I]`` and grids of the matrices of a unit as those of one matrix."""
     if len(parts) == 1:
         return parts[0]
     codes, grids = zip(*parts, strict=True)
     zeros = [grid.zero for grid in grids if grid.zero is not None]
-    grid = replace(grids[0], scale=torch.cat([g.scale for g in grids]), zero=torch.cat(zeros))
+    offsets = [grid.offset for grid in grids if grid.offset is not None]
+    grid = replace(
+        grids[0],
+        scale=torch.cat([g.scale for g in grids]),
+        zero=torch.cat(zeros) if zeros else None,
+        offset=torch.cat(offsets) if offsets else None,
+    )
     return torch.cat(codes), grid
 
 
-def split(tall: Units, best: Mapping[str, Rounded]) -> dict[str, Rounded]:
-    """Codes and grid of every matrix from those of the units, each in memory of its own."""
+def split(tall: Units, best: Mapping[str, Any], of: Mapping[str, list[Share]]) -> dict[str, Rounded]:
+    """Codes and grid of every matrix from those of the units, each in memory of its own.
+
+    Args:
+        tall: the units.
+        best: snapshots by unit.
+        of: shares by unit, as :func:`learnable` gave them.
+    """
     found: dict[str, Rounded] = {}
     for unit, names in tall.items():
-        codes, grid = best[unit]
+        parts = of[unit]
+        codes, grid = joined(best[unit], parts, sum(len(p.columns) for p in parts)) if parts else best[unit]
         if len(names) == 1:
             found[names[0]] = (codes, grid)
             continue
         count = len(names)
-        zeros = [None] * count if grid.zero is None else grid.zero.chunk(count)
-        for name, part, scale, zero in zip(names, codes.chunk(count), grid.scale.chunk(count), zeros, strict=True):
-            own = replace(grid, scale=scale.clone(), zero=None if zero is None else zero.clone())
-            found[name] = (part.clone(), own)
+
+        def cut(values: Tensor | None, count: int = count) -> list[Tensor | None]:
+            return [None] * count if values is None else [part.clone() for part in values.chunk(count)]
+
+        rows = zip(names, codes.chunk(count), cut(grid.scale), cut(grid.zero), cut(grid.offset), strict=True)
+        for name, own, scale, zero, offset in rows:
+            assert scale is not None
+            found[name] = (own.clone(), replace(grid, scale=scale, zero=zero, offset=offset))
     return found
 
 

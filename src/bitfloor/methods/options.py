@@ -37,7 +37,7 @@ class GptqConfig:
     """Options of ``method: {name: gptq}``.
 
     Args:
-        range: ``"search"`` or ``"minmax"``: how the grid of a group is found.
+        range: ``"search"`` or ``"minmax"``: how the grid of a group is found; ``"sqc"`` as SliM-LLM's code does.
         importance: exponent of the Hessian's diagonal as the weight of a channel in the search.
         static_groups: fix all grids before the sweep; otherwise each when the sweep reaches its group.
         damping: added to the Hessian's diagonal, relative to its mean.
@@ -68,7 +68,7 @@ class GptqConfig:
         if not 0 <= self.sweeps <= 1000:
             raise InputError(f"sweeps = {self.sweeps} is not a number of sweeps; use 0 (none) to 1000.")
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"range": ("search", "minmax")}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"range": ("search", "minmax", "sqc")}
 
 
 @dataclass(frozen=True)

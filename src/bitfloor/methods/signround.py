@@ -6,14 +6,18 @@ import time
 from collections.abc import Mapping
 from typing import ClassVar
 
-from bitfloor.core.affine import pack
+from torch import Tensor
+
+from bitfloor.core.affine import encode, pack
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need
-from bitfloor.methods.learning import learn_block, learning_of, split, turned, units
+from bitfloor.methods.learning import learn_block, learnable, learning_of, split, units
 from bitfloor.methods.options import SignroundConfig
-from bitfloor.solvers.block_opt import Schedule
+from bitfloor.solvers.block_opt import Learnable, Schedule
+from bitfloor.solvers.ranges import minmax_grid
+from bitfloor.solvers.refine import Refinement
 from bitfloor.solvers.signround import SignRound
 
 
@@ -24,7 +28,8 @@ class Signround:
     paper; its code calls it "quantized input").
 
     Deviations: a mini-batch is one of the run's batches, so which sequences meet in it stays the same from pass to
-    pass, only their order changes; and the best step is chosen on fixed batches.
+    pass, only their order changes; and the best step is chosen on fixed batches. One-bit groups, which the paper does
+    not have, start at their mean plus and minus the mean distance from it.
     """
 
     name: ClassVar[str] = "signround"
@@ -33,7 +38,6 @@ class Signround:
     Config: ClassVar[type[SignroundConfig]] = SignroundConfig
     # shift, fake-quantized weight, its gradient, what that is summed from; code of the best step
     learnt_bytes: ClassVar[int] = 17
-    min_bits: ClassVar[int] = 2
 
     def __init__(self, config: SignroundConfig, seed: int = 0) -> None:
         self.config = config
@@ -58,12 +62,10 @@ class Signround:
         began = time.perf_counter()
         config = self.config
         tall = units(block, specs)
-        learnt = {}
+        learnt, parts = {}, {}
         for unit, names in tall.items():
             spec = specs[names[0]]
-            learnt[unit] = turned(
-                SignRound(rotate(block.weight(unit), spec.rotation), spec, tune_range=config.ranges), spec
-            )
+            learnt[unit], parts[unit] = learnable(rotate(block.weight(unit), spec.rotation), spec, self._learnable)
         schedule = Schedule(
             steps=config.steps,
             rate=config.rate,
@@ -76,7 +78,7 @@ class Signround:
         outcome = learn_block(block, inputs, targets, learnt, schedule)
         seconds = (time.perf_counter() - began) / len(specs)
         result.learning = learning_of(outcome)
-        rounded = split(tall, outcome.best)
+        rounded = split(tall, outcome.best, parts)
         for index, name in enumerate(specs):
             codes, grid = rounded[name]
             result.weights[name] = pack(codes, grid, specs[name].rotation)
@@ -84,3 +86,10 @@ class Signround:
             result.reports[name] = MatrixReport(None, seconds, outcome.note if index == 0 else None)
         trim_heap()
         return result
+
+    def _learnable(self, weight: Tensor, spec: QuantSpec, _: int) -> Learnable:
+        """Groups of one width: as published, or with levels of their own where one bit leaves no range to clip."""
+        if spec.bits > 1:
+            return SignRound(weight, spec, tune_range=self.config.ranges)
+        grid = minmax_grid(weight, spec)
+        return Refinement(weight, encode(weight, grid), grid, tune_scale=self.config.ranges)

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bitfloor.core.bit_plan import BitPlan
 from bitfloor.core.errors import BitfloorError
 from bitfloor.formats.atomic import write_json
 from bitfloor.formats.layout import build_config
 from bitfloor.formats.shards import CheckpointWriter
 from bitfloor.modeling.loader import SourceModel
-from bitfloor.pipeline.folder import REPORT, copy_companions, model_config
+from bitfloor.pipeline.allocate import plan_of_run
+from bitfloor.pipeline.folder import PLAN_FILE, REPORT, copy_companions, model_config
 from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.journal import ENDS, TUNED, Journal, part_name, tuned_name
 from bitfloor.pipeline.sizes import size_summary, stored_bytes
@@ -19,11 +21,21 @@ from bitfloor.pipeline.timing import remember
 
 
 def write_checkpoint(
-    source: SourceModel, job: Job, assignment: Assignment, journal: Journal, out: Path
+    source: SourceModel,
+    job: Job,
+    assignment: Assignment,
+    journal: Journal,
+    out: Path,
+    plan: BitPlan | None = None,
 ) -> dict[str, Any]:
     """Merge the journal's parts into the finished checkpoint and remove the journal.
 
     Every step can be repeated: a run killed here does it again from the same parts, to the same bytes.
+
+    Args:
+        source, job, assignment, journal: of the run.
+        out: the folder.
+        plan: widths that were known before the first block, if they were.
 
     Returns:
         The report, as stored in ``bitfloor.json``.
@@ -49,6 +61,10 @@ def write_checkpoint(
     if job.recipe.get("tune"):
         tuning = _facts(journal, TUNED)
         report["tuning"] = {key: tuning[key] for key in ("before", "after", "step", "note", "tuned")}
+    plan = plan or plan_of_run(source, job, assignment, facts)
+    if plan is not None:
+        write_json(out / PLAN_FILE, plan.to_dict())
+        report["allocation"] = {"policy": plan.policy, **plan.summary, "sha256": plan.sha256()}
     write_json(out / REPORT, report)
     recipe = {"name": job.recipe_name, "sha256": job.recipe_sha256}
     quantization = build_config(layouts, tied=tied, kept=kept, recipe=recipe)

@@ -22,6 +22,7 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 REPORT = "bitfloor.json"
+PLAN_FILE = "plan.json"  # widths of all groups, where they differ
 PROBE = ".bitfloor-probe"
 # Files of a Hugging Face folder that are not weights and not code, copied as they are.
 COMPANIONS = (
@@ -132,7 +133,7 @@ def clear_finished(out: Path) -> None:
     if report is None:
         return
     shards = [*report.get("files", {}), INDEX]
-    for name in ("config.json", *shards, *report.get("companions", ()), REPORT):
+    for name in ("config.json", *shards, *report.get("companions", ()), PLAN_FILE, REPORT):
         path = out / Path(name).name
         try:
             path.unlink(missing_ok=True)

@@ -9,12 +9,41 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from bitfloor.core.bit_plan import BitPlan
 from bitfloor.core.errors import InputError
 from bitfloor.core.spec import MatrixRef, QuantSpec
-from bitfloor.methods.base import Method
+from bitfloor.methods.allocation import SbaConfig
+from bitfloor.methods.base import Batches, Method, Need
 from bitfloor.runtime.swap import refusal
 
 Decide = Callable[[str], tuple[QuantSpec | None, str]]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How the widths of groups are found.
+
+    Args:
+        policy: ``"sba"`` searches block by block while quantizing, ``"budget"`` solves for all before.
+        average: mean width of the budget, None for each matrix's own.
+        widths: to choose from, rising (``"budget"``).
+        scope: ``"model"`` has one budget, ``"matrix"`` one for each matrix (``"budget"``).
+        sequences: of the calibration text that are looked at, None for all.
+        search: of ``"sba"``.
+    """
+
+    policy: str
+    average: float | None = None
+    widths: tuple[int, ...] = (1, 2, 3, 4, 5)
+    scope: str = "model"
+    sequences: int | None = None
+    search: SbaConfig = field(default_factory=SbaConfig)
+
+    def batches(self, inputs: Batches) -> int | None:
+        """Batches that hold the sequences that are looked at, None for all."""
+        if self.sequences is None or not len(inputs):
+            return None
+        return -(-self.sequences // inputs[0].shape[0])
 
 
 @dataclass(frozen=True)
@@ -30,6 +59,8 @@ class Job:
         recipe_name: its name.
         recipe_sha256: hash of everything in it that decides the outcome.
         products: type in which the blocks' matrices are multiplied while the calibration text goes through them.
+        allocation: how the widths of groups are found, None where every group has its matrix's width.
+        plan: widths that are known already; then nothing is searched.
     """
 
     method: Method
@@ -40,6 +71,19 @@ class Job:
     recipe_name: str = ""
     recipe_sha256: str = ""
     products: torch.dtype = torch.float32
+    allocation: Allocation | None = None
+    plan: BitPlan | None = None
+
+    @property
+    def searches(self) -> str | None:
+        """The policy by which widths must still be found, None where they are known."""
+        return None if self.allocation is None or self.plan is not None else self.allocation.policy
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What must be ready before a block can be quantized, for the method and for finding its widths."""
+        searching = {Need.INPUTS, Need.HESSIAN, Need.TOGETHER} if self.searches == "sba" else set()
+        return self.method.needs | searching
 
 
 class ModelShape(Protocol):

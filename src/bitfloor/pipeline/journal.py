@@ -2,6 +2,7 @@
 
     OUT/.bitfloor/run.json            the fingerprint of the run: recipe, model, data, device, threads, versions
     OUT/.bitfloor/block-00012.safetensors
+    OUT/.bitfloor/plan.safetensors    the widths of all groups, where they were chosen before the first block
     OUT/.bitfloor/ends.safetensors    embedding, head and everything outside the blocks
     OUT/.bitfloor/tuning.safetensors, tuned.safetensors, tuned-*.safetensors
                                       what the last stage has learnt so far (replaced as it goes), its result, and the
@@ -30,8 +31,9 @@ from bitfloor.formats.files import CorruptArtifact, read_artifact, verify_artifa
 FOLDER = ".bitfloor"
 RUN = "run.json"
 ENDS = "ends"
+PLAN = "plan"  # widths of all groups, where they are chosen before the first block
 TUNED, STATE = "tuned", "tuning"  # the result of the last stage, and what it has learnt so far
-PARTS = re.compile(r"((tuned-)?(block-\d{5}|ends)|tuned|tuning)\.safetensors(\.tmp)?|run\.json\.tmp")
+PARTS = re.compile(r"((tuned-)?(block-\d{5}|ends)|plan|tuned|tuning)\.safetensors(\.tmp)?|run\.json\.tmp")
 
 
 @dataclass(frozen=True)

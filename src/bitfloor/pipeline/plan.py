@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bitfloor.core.errors import InputError
-from bitfloor.core.spec import MatrixRef, QuantSpec
-from bitfloor.formats.layout import Layout
+from bitfloor.core.spec import MatrixRef
 from bitfloor.methods.base import Need
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.ends import ROWS
 from bitfloor.pipeline.job import Assignment, Job, assign, check_loadable
+from bitfloor.pipeline.layouts import spec_layout
 from bitfloor.pipeline.run import CHECKED
 from bitfloor.pipeline.sizes import matrix_bytes, parameter_sizes, size_summary, stored_bytes
 
@@ -44,31 +44,6 @@ WIDEST_COPIES = 6
 # As above, for a forward whose intermediate results are kept for the way back.
 KEPT_HIDDEN_COPIES = 16
 KEPT_WIDEST_COPIES = 5
-
-
-def spec_layout(ref: MatrixRef, spec: QuantSpec) -> Layout:
-    """The layout a matrix will have: one segment, as every uniform method stores it."""
-    rows, columns = ref.shape
-    offset = spec.bits == 1
-    segment = {
-        "columns": columns,
-        "bits": spec.bits,
-        "group_size": spec.columns_per_group(columns),
-        "zero": None if offset else (1 << (spec.bits - 1) if spec.symmetric else "packed"),
-        "offset": offset,
-        "channel_scale": False,
-    }
-    layout: Layout = {
-        "shape": [rows, columns],
-        "kind": ref.kind,
-        "transposed": ref.transposed,
-        "scale_dtype": spec.scale_dtype,
-        "segments": [segment],
-        "order": None,
-    }
-    if spec.rotation:
-        layout["rotation"] = spec.rotation
-    return layout
 
 
 def make_plan(
@@ -151,7 +126,7 @@ def peak_memory(
     if data is not None:
         sequences, seqlen, batch = data
         batch = min(batch, sequences)
-        needs = job.method.needs
+        needs = job.needs
         # The quantized model's, the float model's, and the float block's outputs beside its inputs if both are needed.
         sides = len({Need.EXACT, Need.TARGETS} & needs)
         compared = sides * sequences if sides else min(CHECKED * batch, sequences)
@@ -234,7 +209,7 @@ def _table_memory(source: SourceModel, assignment: Assignment) -> int:
 
 def _solver_memory(source: SourceModel, job: Job, assignment: Assignment) -> int:
     """The most that solving one input group takes, over all groups."""
-    needs = job.method.needs
+    needs = job.needs
     worst = 0
     for ref in source.map.matrices:
         if ref.name not in assignment.specs:

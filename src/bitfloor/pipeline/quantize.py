@@ -15,6 +15,7 @@ from torch import Tensor
 from bitfloor.core.errors import InputError
 from bitfloor.core.precision import products_used
 from bitfloor.modeling.loader import SourceModel
+from bitfloor.pipeline.allocate import planned_widths
 from bitfloor.pipeline.finish import write_checkpoint
 from bitfloor.pipeline.folder import clear_finished, damaged_file, only_writer, own_spill, prepare
 from bitfloor.pipeline.job import Job, assign
@@ -74,10 +75,11 @@ def quantize_model(
         journal.begin(resume)
         clear_finished(out)
         running = replace(options, spill=spill)
+        assignment, known = planned_widths(source, job, assignment, journal, batches, running)
         Run(source, job, assignment, journal, batches, running).execute()
         if job.recipe.get("tune"):
             Tuning(source, job, assignment, journal, batches, running).execute()
-        return write_checkpoint(source, job, assignment, journal, out)
+        return write_checkpoint(source, job, assignment, journal, out, known)
 
 
 def make_fingerprint(source: SourceModel, job: Job, data: str, device: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from bitfloor.core.errors import BitfloorError
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.linalg import all_finite
 from bitfloor.core.packed import dequantize
+from bitfloor.core.spec import QuantSpec
 from bitfloor.formats import native
+from bitfloor.methods.allocation import Widths, allocate_block
 from bitfloor.methods.base import Batches, BlockResult, Need
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.ends import decode_table, make_ends
@@ -119,14 +121,14 @@ class Run:
     # -- streams -------------------------------------------------------------------------------------------------
 
     def _prepare_streams(self) -> None:
-        if Need.INPUTS not in self.job.method.needs:
+        if Need.INPUTS not in self.job.needs:
             return
         self._tell("stage", message="reading the calibration text")
         source, device = self.source, self.options.device
         source.load_outer(device, head=False)
         try:
             batches = [batch.to(device) for batch in self.batches]
-            whole = {Need.EXACT, Need.TARGETS} & self.job.method.needs
+            whole = {Need.EXACT, Need.TARGETS} & self.job.needs
             compared = batches if whole else batches[:CHECKED]
             path, embedding = source.map.blocks_path, source.map.embedding
             if embedding is not None and embedding.name in self.assignment.specs:
@@ -161,8 +163,8 @@ class Run:
         began = time.perf_counter()
         _, runner = self._open(k)
         try:
-            specs = self.assignment.of_block(k)
             inputs: Batches = self._quantized if self._quantized is not None else ()
+            specs, searched = self._allocated(runner, inputs, self.assignment.of_block(k))
             exact, targets = self._float_sides(runner)
             result = self.job.method.quantize_block(runner, inputs, specs, exact, targets)
             absent = sorted(set(specs) - set(result.weights))
@@ -176,16 +178,29 @@ class Run:
             trim_heap()
             dense = {name: dequantize(w) for name, w in result.weights.items()}
             error = self._advance(runner, dense, targets or None)
-            self.journal.put(part_name(k), self._entry(k, result, error, time.perf_counter() - began))
+            entry = self._entry(k, result, error, time.perf_counter() - began)
+            if searched:
+                entry.facts["allocation"] = {name: asdict(found) for name, found in searched.items()}
+            self.journal.put(part_name(k), entry)
         finally:
             self.source.release_block(k)
+
+    def _allocated(
+        self, runner: BlockRunner, inputs: Batches, specs: dict[str, QuantSpec]
+    ) -> tuple[dict[str, QuantSpec], dict[str, Widths]]:
+        """The block's storage with widths by group, where they are searched block by block; and what was found."""
+        how = self.job.allocation
+        if how is None or self.job.searches != "sba":
+            return specs, {}
+        found = allocate_block(runner, inputs, specs, how.search, how.batches(inputs))
+        return {name: replace(spec, widths=found[name].widths) for name, spec in specs.items()}, found
 
     def _float_sides(self, runner: BlockRunner) -> tuple[Batches, Batches]:
         """The block's inputs and outputs in the float model, as far as the method needs them.
 
         Outputs take the place of the inputs unless both are needed.
         """
-        needs = self.job.method.needs
+        needs = self.job.needs
         if self._float is None:
             return (), ()
         exact: Batches = self._float if Need.EXACT in needs else ()

@@ -46,7 +46,7 @@ WARM_UP = 8  # steps, or a quarter of all
 
 def reads_text(job: Job) -> bool:
     """Whether a job needs the calibration text: for its method, or to tune."""
-    return Need.INPUTS in job.method.needs or bool(job.recipe.get("tune"))
+    return Need.INPUTS in job.needs or job.searches is not None or bool(job.recipe.get("tune"))
 
 
 @dataclass(frozen=True)

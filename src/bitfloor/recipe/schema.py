@@ -153,6 +153,26 @@ class CalibrationPart(_Part):
     precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto, float32 or bfloat16")
 
 
+class AllocationPart(_Part):
+    """Widths that differ from group to group; ``allocation: null`` gives every group ``spec.bits``."""
+
+    policy: Literal["sba", "budget"] = Field(default="budget", description="sba or budget")
+    average: Annotated[float, Field(ge=1, le=8)] | None = Field(
+        default=None, description="null (like spec.bits), or a mean width from 1 to 8 (policy budget)"
+    )
+    widths: Annotated[tuple[Width, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = Field(
+        default=(1, 2, 3, 4, 5), description=f"a list of widths (policy budget), each {WIDTHS}"
+    )
+    scope: Literal["model", "matrix"] = Field(default="model", description="model or matrix (policy budget)")
+    sequences: Count | None = Field(default=None, description="null (all), or a positive number of sequences")
+    uniform: bool = Field(default=False, description="true or false (policy sba)")
+    ranges: Literal["minmax", "search"] = Field(default="minmax", description="minmax or search (policy sba)")
+    positional: bool = Field(default=True, description="true or false (policy sba)")
+    plan: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="null, or a file made by bitfloor allocate"
+    )
+
+
 class TunePart(_Part):
     """A last stage that learns scales and norms of the whole quantized model; ``tune: null`` leaves it out."""
 
@@ -186,6 +206,9 @@ class Recipe(_Part):
     head: HeadPart = Field(default=HeadPart(), description="storage of the head, {bits, group_size}")
     calibration: CalibrationPart = Field(default=CalibrationPart(), description="the calibration text and its amount")
 
+    allocation: AllocationPart | None = Field(
+        default=None, description="null, or widths by group {policy, average, ...}"
+    )
     tune: TunePart | None = Field(default=None, description="null, or a last stage {steps, rate, norms, head}")
 
     @property
@@ -223,7 +246,7 @@ class Recipe(_Part):
 
     def content(self) -> dict[str, Any]:
         """Everything that is *what*, as plain JSON values: the recipe without its name and description."""
-        absent = {"tune"} if self.tune is None else set()
+        absent = {key for key in ("tune", "allocation") if getattr(self, key) is None}
         found = self.model_dump(mode="json", exclude={"name", "description", *absent})
         # What came later is left out where it is not used, so that older recipes keep their hash.
         if not self.spec.rotation:
@@ -279,7 +302,7 @@ def unknown_key(path: str, known: Iterable[str]) -> str:
 def _nested_keys() -> dict[str, str]:
     """Keys one level down, each with the first dotted path that leads to it: ``bits`` to ``spec.bits``."""
     found: dict[str, str] = {}
-    for name in ("method", "spec", "calibration"):
+    for name in ("method", "spec", "calibration", "allocation"):
         for key in _part_of(Recipe.model_fields[name].annotation):
             found.setdefault(key, f"{name}.{key}")
     return found

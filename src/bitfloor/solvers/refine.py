@@ -16,6 +16,9 @@ weight carries what the start knows: a code that was moved away from the nearest
 border and goes back after one step, one that was nearest lies where ``w`` lies. A latent weight in the middle of its
 code would forget that; all codes then flip at the same step, and learning diverges.
 
+One-bit groups have an offset ``o`` instead of a zero-point: ``z = -o / s`` is no whole number, and is made of the
+offset as stored at every step. It moves with the rounding, in steps of the same size.
+
 A move of the zero-point shifts code and zero-point alike, so it changes those weights only that are clamped (none is at
 the start), and it is rounded, so its steps must sum to a half before anything changes:
 ``dL/dz = s sum_j g (m - 1)`` with ``m`` one where a code is not. Instead of by signs, everything may move by AdamW, on
@@ -29,7 +32,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitfloor.core.affine import Grid, stored_scale
+from bitfloor.core.affine import Grid, stored, stored_scale
 from bitfloor.core.packed import expand_groups
 from bitfloor.ops import rounding
 from bitfloor.solvers.adamw import AdamW
@@ -45,14 +48,14 @@ class Refinement:
     Args:
         weight: ``[O, I]`` float32, what is to be approximated; not changed.
         codes: ``[O, I]`` uint8 of the start.
-        grid: of the start, all groups of one width, with zero-points (not offsets).
+        grid: of the start, all groups of one width, with zero-points, or with offsets if that is one bit.
         tune_scale: learn the factors; otherwise only ``V``.
         zero_share: step of the zero-points' moves, of the rounding's step; 0 keeps them. They stay in any case where
             they are not stored (a symmetric grid).
         adam: moves everything, with moments kept in it; None takes steps of the signs.
 
     Raises:
-        ValueError: a grid with offsets or of several widths.
+        ValueError: a grid of several widths, or with offsets and more than one bit.
     """
 
     def __init__(
@@ -66,27 +69,31 @@ class Refinement:
         adam: AdamW | None = None,
     ) -> None:
         self.bits = int(grid.bits[0])
-        if grid.zero is None or not bool((grid.bits == self.bits).all()):
-            raise ValueError("refinement needs a grid with zero-points and of one width")
+        one_bit = grid.zero is None and self.bits == 1
+        if (grid.zero is None and not one_bit) or not bool((grid.bits == self.bits).all()):
+            raise ValueError("refinement needs a grid of one width, with zero-points where that is more than one bit")
         self.start = grid
-        self.zero = grid.zero
-        self.zero_share = 0.0 if grid.constant_zero else zero_share
+        self.offset_form = one_bit
+        self.first = -grid.shift / grid.scale if grid.zero is None else grid.zero
+        self.zero_share = 1.0 if one_bit else 0.0 if grid.constant_zero else zero_share
         self.adam, self.steps = adam, 0
         self.size = grid.group_size
         self.tune_scale = tune_scale
-        self.weight = latent(weight, codes, grid)
+        self.weight = latent(weight, codes, grid.scale, self.first, self.size)
         self.shift = torch.zeros_like(self.weight)
         self.factor = torch.ones_like(grid.scale)
         self.move = torch.zeros_like(grid.scale) if self.zero_share else None
 
     def grid(self) -> Grid:
         """The grid of the present factors; at the start the one given, bit for bit."""
-        start = self.start
-        return Grid(self._scale(), self.zero, None, start.bits, self.size, start.constant_zero, start.scale_dtype)
+        start, scale = self.start, self._scale()
+        zero, offset = (None, self._offset(scale)) if self.offset_form else (self._zero(scale), None)
+        return Grid(scale, zero, offset, start.bits, self.size, start.constant_zero, start.scale_dtype)
 
     def fake_quantized(self) -> Tensor:
         """``w_hat [O, I]`` float32 at the present parameters, outside of any graph."""
-        return rounding.fake_quantize(self.weight, self.shift, self._scale(), self.zero, self.bits, self.size)
+        scale = self._scale()
+        return rounding.fake_quantize(self.weight, self.shift, scale, self._zero(scale), self.bits, self.size)
 
     def step(self, grad: Tensor, rate: float, range_rate: float) -> None:
         """One step against the sign of the gradients.
@@ -97,12 +104,11 @@ class Refinement:
             range_rate: step of the factors.
         """
         scale, grad = self._scale(), grad.float().contiguous()
-        inside = None if self.adam is None else self._inside(scale)
+        zero = self._zero(scale)
+        inside = None if self.adam is None else self._inside(scale, zero)
         # With AdamW only the sums are wanted, so the shift takes a step of nothing.
         by_sign = rate if self.adam is None else 0.0
-        towards, clipped = rounding.sign_step(
-            self.weight, self.shift, scale, self.zero, grad, by_sign, self.bits, self.size
-        )
+        towards, clipped = rounding.sign_step(self.weight, self.shift, scale, zero, grad, by_sign, self.bits, self.size)
         self.steps += 1
         if inside is not None:
             wide = expand_groups(scale, self.size, grad.shape[1])
@@ -111,8 +117,6 @@ class Refinement:
             self._moved("factor", self.factor, towards * self.start.scale, range_rate).clamp_(0.0, WIDEST)
         if self.move is not None:
             self._moved("move", self.move, clipped * scale, self.zero_share * rate)
-            top = float((1 << self.bits) - 1)
-            self.zero = torch.round(self._first_zero() + self.move).clamp_(0.0, top)
 
     def _moved(self, name: str, parameter: Tensor, grad: Tensor, rate: float) -> Tensor:
         """One parameter, one step further, in place."""
@@ -121,37 +125,47 @@ class Refinement:
         self.adam.step(name, parameter, grad, rate, self.steps)
         return parameter
 
-    def _inside(self, scale: Tensor) -> Tensor:
+    def _inside(self, scale: Tensor, zero: Tensor) -> Tensor:
         """``[O, I]`` bool: which codes are not clamped."""
-        wide, zero = (expand_groups(part, self.size, self.weight.shape[1]) for part in (scale, self.zero))
-        code = torch.round((self.weight + zero * wide) / wide + self.shift)
+        wide, middle = (expand_groups(part, self.size, self.weight.shape[1]) for part in (scale, zero))
+        code = torch.round((self.weight + middle * wide) / wide + self.shift)
         return (code >= 0.0) & (code <= float((1 << self.bits) - 1))
 
-    def _first_zero(self) -> Tensor:
-        assert self.start.zero is not None
-        return self.start.zero
+    def _zero(self, scale: Tensor) -> Tensor:
+        """Zero-points ``[O, G]``; whole numbers unless offsets are stored, then those that give them."""
+        if self.offset_form:
+            return -self._offset(scale) / scale
+        if self.move is None:
+            return self.first
+        return torch.round(self.first + self.move).clamp_(0.0, float((1 << self.bits) - 1))
+
+    def _offset(self, scale: Tensor) -> Tensor:
+        """Offsets ``[O, G]``, as stored."""
+        assert self.move is not None
+        return stored(-(self.first + self.move) * scale, self.start.scale_dtype)
 
     def snapshot(self) -> tuple[Tensor, Grid]:
         """Codes ``[O, I]`` uint8 and grid, all that is needed of the best step."""
         grid = self.grid()
-        return rounding.codes(self.weight, self.shift, grid.scale, self.zero, self.bits, self.size), grid
+        zero = self._zero(grid.scale)
+        return rounding.codes(self.weight, self.shift, grid.scale, zero, self.bits, self.size), grid
 
     def _scale(self) -> Tensor:
         """``[O, G]`` as stored."""
         return stored_scale(self.start.scale * self.factor, self.start.scale_dtype)
 
 
-def latent(weight: Tensor, codes: Tensor, grid: Grid) -> Tensor:
-    """``[O, I]`` float32: as near to ``weight`` as rounding to ``codes`` on ``grid`` allows.
+def latent(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
+    """``[O, I]`` float32: as near to ``weight`` as rounding to ``codes`` allows.
 
     Args:
         weight: ``[O, I]`` float32.
         codes: ``[O, I]`` uint8.
-        grid: with zero-points.
+        scale, zero: ``[O, G]`` of the grid.
+        group_size: columns of a group.
     """
-    assert grid.zero is not None
-    scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
-    exact = grouped(weight, grid.group_size) / scale + zero
-    middle = grouped(codes.float(), grid.group_size)
+    scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
+    exact = grouped(weight, group_size) / scale + zero
+    middle = grouped(codes.float(), group_size)
     inside = torch.maximum(torch.minimum(exact, middle + MARGIN), middle - MARGIN)
     return ((inside - zero) * scale).flatten(1)[:, : weight.shape[1]].contiguous()

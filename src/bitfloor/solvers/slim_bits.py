@@ -6,9 +6,9 @@
 | ``pi`` | groups by rising salience |
 | ``p`` | number of groups promoted to ``N + 1``, the most salient ones, and of groups demoted to ``N - 1`` |
 | ``W_b`` | the matrix rounded at width ``b`` |
-| ``Y(p) [T, O]`` | outputs of the matrix with the widths of ``p`` on tokens ``X [T, I]``; ``Y`` those of the float matrix |
+| ``Y(p) [T, O]`` | outputs of the matrix with the widths of ``p`` on tokens ``X [T, I]``; ``Y`` of the float matrix |
 
-    p* = argmin_p  sum_t KL( softmax Y(p)_t || softmax Y_t )              (arXiv 2405.14917, section 3.2; code's direction)
+    p* = argmin_p  sum_t KL( softmax Y(p)_t || softmax Y_t )       (arXiv 2405.14917, section 3.2; direction as in code)
 
 Both ends move by one group at a time, so outputs need not be multiplied anew for every ``p``: they are sums over
 groups, and one step changes two of them,
@@ -44,7 +44,7 @@ def candidates(groups: int, uniform: bool) -> tuple[int, ...]:
 
 
 def widths_of(salience: Tensor, bits: int, p: int) -> tuple[int, ...]:
-    """Width of every group: ``bits + 1`` for the ``p`` most salient, ``bits - 1`` for the ``p`` least, else ``bits``."""
+    """Width of every group: ``bits + 1`` for the ``p`` most salient, ``bits - 1`` for the ``p`` least."""
     order = torch.argsort(salience, stable=True).tolist()
     widths = [bits] * len(order)
     for low, high in zip(order[:p], order[len(order) - p :], strict=True):
@@ -75,6 +75,7 @@ class Sweep:
         self.weight = weight
         self.size = group_size
         self.tried = tuple(tried)
+        self.salience = salience
         self.order = torch.argsort(salience, stable=True).tolist()
         self.middle = rounded(0)
         most = max(self.tried)
@@ -84,16 +85,20 @@ class Sweep:
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Add tokens ``[T, I]``."""
-        for rows in x.float().split(ROWS):
-            aim = (rows @ self.weight.T).log_softmax(-1)
-            found = rows @ self.middle.T
-            for p in range(max(self.tried) + 1):
-                if p:
-                    self._move(found, rows, p)
-                if p in self.loss:
-                    self.loss[p] += divergence(found, aim)
-            self.tokens += len(rows)
+        """Add tokens ``[T, I]``. Products are float32, whatever the block around them computes in."""
+        with torch.autocast(x.device.type, enabled=False):
+            for rows in torch.split(x.float(), ROWS):
+                self._add(rows)
+
+    def _add(self, rows: Tensor) -> None:
+        aim = (rows @ self.weight.T).log_softmax(-1)
+        found = rows @ self.middle.T
+        for p in range(max(self.tried) + 1):
+            if p:
+                self._move(found, rows, p)
+            if p in self.loss:
+                self.loss[p] += divergence(found, aim)
+        self.tokens += len(rows)
 
     def _move(self, found: Tensor, rows: Tensor, p: int) -> None:
         """From the outputs of ``p - 1`` to those of ``p``, in place."""

@@ -113,10 +113,6 @@ def test_widths_are_sorted_into_segments_and_the_order_says_where_groups_went() 
     packed = pack(codes, grid)
     found = [(s.start, s.stop, s.bits, s.group_size) for s in packed.segments]
     assert found == [(0, 4, 1, 2), (4, 6, 2, 2), (6, 9, 3, 2)]
-        (0, 4, 1, 2),
-        (4, 6, 2, 2),
-        (6, 9, 3, 2),
-    ]
     assert packed.order is not None and packed.order.tolist() == [1, 3, 2, 0, 4] and packed.order_unit == 2
     assert [s.offset is not None for s in packed.segments] == [True, False, False]
     assert torch.equal(dequantize(packed), decode(codes, grid))

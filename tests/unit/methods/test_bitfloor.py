@@ -13,7 +13,7 @@ from bitfloor.core.affine import pack
 from bitfloor.core.errors import InputError
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import BlockResult, Need
-from bitfloor.methods.bitfloor import Bitfloor, codes_and_grid
+from bitfloor.methods.bitfloor import Bitfloor, codes_and_grids
 from bitfloor.methods.gptq import Gptq
 from bitfloor.methods.options import BitfloorConfig, GptqConfig
 
@@ -44,7 +44,7 @@ def test_without_steps_it_is_gptq_and_steps_come_nearer(bits: int, symmetric: bo
 @pytest.mark.parametrize("spec", [QuantSpec(2, 8), QuantSpec(3, 7, True), QuantSpec(4, -1, False, "bfloat16")], ids=str)
 def test_codes_and_grid_are_those_that_were_packed(spec: QuantSpec) -> None:
     (weight,) = run({"c": spec}, steps=0).weights.values()
-    again = pack(*codes_and_grid(weight, spec))
+    again = pack(*codes_and_grids(weight, spec)[0])
     for one, other in zip(weight.segments, again.segments, strict=True):
         assert torch.equal(one.codes, other.codes) and torch.equal(one.scale, other.scale)
         assert one.scale.dtype == other.scale.dtype and one.group_size == other.group_size

@@ -38,7 +38,8 @@ KINDS = (
 
 def test_the_promised_presets_exist() -> None:
     promised = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(KINDS, (2, 3, 4))}
-    assert promised | {"gptq-w4g128"} == set(preset_names())
+    mixed = {f"slim-llm-w{bits}g64" for bits in (2, 3)}
+    assert promised | mixed | {"gptq-w4g128"} == set(preset_names())
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -48,8 +49,12 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
     bits, group_size = storage.removeprefix("w").split("g")
     assert (recipe.spec.bits, recipe.spec.group_size) == (int(bits), int(group_size))
     method, _, variant = kind.partition("-")
-    assert recipe.method.name == method
-    if method == "signround":
+    assert (recipe.allocation is not None) == (method == "slim")
+    assert recipe.method.name == ("gptq" if method == "slim" else method)
+    if method == "slim":
+        assert recipe.allocation is not None and recipe.allocation.policy == "sba" and not recipe.spec.symmetric
+        assert recipe.method.options["range"] == "sqc"
+    elif method == "signround":
         assert recipe.method.options["steps"] == {"light": 50, "": 200, "best": 1000}[variant]
         assert recipe.spec.symmetric
     elif method == "bitfloor":

@@ -58,7 +58,10 @@ def test_what_is_trained_is_what_is_stored(spec: QuantSpec) -> None:
 def test_the_latent_weight_is_the_weight_wherever_the_code_is_nearest(spec: QuantSpec) -> None:
     weight, codes, grid = start(spec)
     scale, shift, _ = grid.columns(weight.shape[1])
-    at, exact = (latent(weight, codes, grid) - shift) / scale, (weight - shift) / scale
+    at, exact = (
+        (latent(weight, codes, grid.scale, grid.zero, grid.group_size) - shift) / scale,
+        (weight - shift) / scale,
+    )
     distance = exact - codes.float()
     inner = distance.abs() < MARGIN - 1e-3
     torch.testing.assert_close(at[inner], exact[inner], rtol=0, atol=1e-4)  # a few float32 roundings of codes up to 255
@@ -107,14 +110,14 @@ def test_without_scales_only_the_rounding_moves() -> None:
     assert bool((refined.factor == 1).all()) and bool((refined.shift != 0).any())
 
 
-def test_offsets_and_mixed_widths_are_refused() -> None:
+def test_offsets_beyond_one_bit_and_mixed_widths_are_refused() -> None:
     weight = weights()
     grid = minmax_grid(weight, QuantSpec(2, 16))
     codes = encode(weight, grid)
     offset = Grid(grid.scale, None, grid.shift, grid.bits, 16)
     mixed = Grid(grid.scale, grid.zero, None, torch.tensor([2, 3, 2]), 16)
     for wrong in (offset, mixed):
-        with pytest.raises(ValueError, match="needs a grid with zero-points and of one width"):
+        with pytest.raises(ValueError, match="needs a grid of one width, with zero-points"):
             Refinement(weight, codes, wrong)
 
 
@@ -178,3 +181,23 @@ def test_adamw_moves_as_torchs_does_on_the_gradients_of_the_documented_form(spec
     for ours, other in ((refined.shift, shift), (refined.factor, factor)):
         near = (ours - other.detach()).abs() < 1e-3
         assert float(near.float().mean()) > 0.98  # a gradient near zero has either sign, and AdamW knows no size
+
+
+def test_one_bit_groups_learn_levels_and_store_offsets() -> None:
+    """Autograd through ``(q - z) s`` with ``o = -z s`` gives what the steps follow."""
+    weight = torch.randn(6, 44, generator=torch.Generator().manual_seed(3))
+    aim = 0.5 * weight + 0.1
+    grid = minmax_grid(weight, QuantSpec(1, 16))
+    codes = encode(weight, grid)
+    refined = Refinement(weight, codes, grid)
+    assert torch.equal(refined.snapshot()[0], codes)
+    start, first = refined.grid(), grid.offset
+    assert start.zero is None and start.offset is not None and first is not None
+    assert torch.equal(start.scale, grid.scale) and torch.equal(start.offset, first)
+    torch.testing.assert_close(refined.fake_quantized(), decode(codes, grid), rtol=0, atol=1e-6)
+    for _ in range(40):  # towards a matrix with half the spread and another mean
+        refined.step(refined.fake_quantized() - aim, 0.02, 0.02)
+    found, levels = refined.snapshot()
+    assert levels.offset is not None and torch.equal(levels.offset, levels.offset.half().float())
+    before = (decode(codes, grid) - aim).square().sum()
+    assert float((decode(found, levels) - aim).square().sum()) < 0.6 * float(before)

@@ -1,0 +1,162 @@
+"""Salience-determined bit allocation over a block: the widths of its groups, before anything of it is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from bitfloor.calib.stats import HessianSum
+from bitfloor.core.affine import decode, encode
+from bitfloor.core.errors import BitfloorError
+from bitfloor.core.heap import trim_heap
+from bitfloor.core.linalg import all_finite
+from bitfloor.core.rotation import rotate, rotate_both
+from bitfloor.core.spec import QuantSpec
+from bitfloor.methods.base import Batches, Block, stages
+from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL
+from bitfloor.solvers.ranges import search_grid, tempered
+from bitfloor.solvers.salience import group_salience, removal_costs
+from bitfloor.solvers.slim_bits import Sweep, candidates, widths_of
+
+
+@dataclass(frozen=True)
+class SbaConfig:
+    """How SBA searches.
+
+    Args:
+        uniform: try no promotion at all too.
+        ranges: ``"minmax"`` rounds the candidates as published; ``"search"`` by the searched grids of the project.
+        importance: exponent of the Hessian's diagonal in that search.
+        positional: salience as published, conditional on the order of columns.
+        damping: of the Hessian, relative.
+    """
+
+    uniform: bool = False
+    ranges: str = "minmax"
+    importance: float = 0.5
+    positional: bool = True
+    damping: float = 0.01
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The widths of one matrix, and why.
+
+    Args:
+        widths: of every group.
+        why: ``salience`` by group, ``promoted`` groups ``p``, ``divergence`` a token by ``p``; ``note`` if nothing
+            was searched.
+    """
+
+    widths: tuple[int, ...]
+    why: Mapping[str, Any] = field(default_factory=dict)
+
+
+def allocate_block(
+    block: Block, inputs: Batches, specs: Mapping[str, QuantSpec], config: SbaConfig, few: int | None = None
+) -> dict[str, Widths]:
+    """Widths of all groups of a block's matrices.
+
+    As published, salience is that of the float block on the quantized model's inputs, all matrices of the block at
+    once; those fed by one tensor share its inverse Hessian. Two passes of the block.
+
+    Args:
+        block: the float block.
+        inputs: its inputs in the quantized model.
+        specs: storage by name; ``bits`` is the mean width.
+        config: how.
+        few: batches that the divergences are measured on, None for all; salience sees all of them.
+
+    Raises:
+        BitfloorError: activations that are not finite.
+    """
+    if not specs:
+        return {}
+    groups = [group for stage in stages(block, inputs, specs) for group in stage]
+    groups = [tuple(name for name in group if name in specs) for group in groups]
+    groups = [group for group in groups if group]
+    sums = {group[0]: HessianSum(block.weight(group[0]).shape[1], block.weight(group[0]).device) for group in groups}
+    block.observe(inputs, lambda name, x: sums[name].add(x), list(sums))
+    found: dict[str, Widths] = {}
+    sweeps: dict[str, dict[str, Sweep]] = {}
+    for group in groups:
+        seen = sums.pop(group[0])
+        if not all_finite(seen.total):
+            raise BitfloorError(f"the activations that enter {group[0]} are not finite; check the model.")
+        columns = seen.total.shape[0]
+        if seen.rows < MIN_TOKENS_PER_CHANNEL * columns:
+            note = f"saw {seen.rows} calibration tokens for {columns} input channels; all groups keep their width"
+            found.update({n: Widths(specs[n].group_widths(columns), {"note": note}) for n in group})
+            continue
+        sweeps[group[0]] = {
+            name: _sweep(block.weight(name), _turned(seen.total, group, specs, config)[name], specs[name], config)
+            for name in group
+        }
+        del seen
+        trim_heap()
+
+    def add(name: str, x: Tensor) -> None:
+        turned: dict[int, Tensor] = {}
+        for member, sweep in sweeps[name].items():
+            rotation = specs[member].rotation
+            if rotation not in turned:
+                turned[rotation] = rotate(x.float(), rotation)
+            sweep.add(turned[rotation])
+
+    block.observe((inputs[i] for i in range(len(inputs) if few is None else min(few, len(inputs)))), add, list(sweeps))
+    for own in sweeps.values():
+        for name, sweep in own.items():
+            found[name] = _widths(sweep, specs[name])
+    return {name: found[name] for name in specs}
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What is known of a matrix's input, rotated as the matrix is.
+
+    Args:
+        costs: ``[I]`` of :func:`bitfloor.solvers.salience.removal_costs`.
+        importance: ``[I]`` weight of a channel in the search of ranges.
+    """
+
+    costs: Tensor
+    importance: Tensor
+
+
+def _turned(
+    hessian: Tensor, group: tuple[str, ...], specs: Mapping[str, QuantSpec], config: SbaConfig
+) -> dict[str, _Input]:
+    """By name; made once for each rotation in the group."""
+    made: dict[int, _Input] = {}
+    for rotation in {specs[name].rotation for name in group}:
+        own = rotate_both(hessian, rotation)
+        costs = removal_costs(own, damping=config.damping, positional=config.positional)
+        made[rotation] = _Input(costs, tempered(own.diagonal(), config.importance))
+    return {name: made[specs[name].rotation] for name in group}
+
+
+def _sweep(weight: Tensor, seen: _Input, spec: QuantSpec, config: SbaConfig) -> Sweep:
+    weight = rotate(weight, spec.rotation)
+    size = spec.columns_per_group(weight.shape[1])
+    salience = group_salience(weight, seen.costs, size)
+    importance = seen.importance if config.ranges == "search" else None
+
+    def rounded(step: int) -> Tensor:
+        grid = search_grid(weight, importance, replace(spec, bits=spec.bits + step, widths=()))
+        return decode(encode(weight, grid), grid)
+
+    return Sweep(weight, rounded, salience, size, candidates(len(salience), config.uniform))
+
+
+def _widths(sweep: Sweep, spec: QuantSpec) -> Widths:
+    best = sweep.best()
+    tokens = max(sweep.tokens, 1)
+    why = {
+        "salience": [float(f"{value:.6g}") for value in sweep.salience.tolist()],
+        "promoted": best,
+        "divergence": {str(p): float(f"{loss / tokens:.6g}") for p, loss in sweep.loss.items()},
+    }
+    return Widths(widths_of(sweep.salience, spec.bits, best), why)

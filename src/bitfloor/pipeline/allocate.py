@@ -1,0 +1,85 @@
+"""Where the widths of groups come from: a plan that is given, a budget solved before the first block, or the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor
+
+from bitfloor.core.bit_plan import BitPlan, MatrixPlan, parse_plan
+from bitfloor.modeling.loader import SourceModel
+from bitfloor.pipeline.budget import plan_by_budget
+from bitfloor.pipeline.events import Event
+from bitfloor.pipeline.job import Assignment, Job
+from bitfloor.pipeline.journal import PLAN, Entry, Journal
+from bitfloor.pipeline.run import RunOptions
+from bitfloor.pipeline.sizes import size_summary, stored_bytes
+
+SURVEY = "survey"  # folder in the journal, for what enters each block
+
+
+def with_plan(source: SourceModel, assignment: Assignment, plan: BitPlan) -> Assignment:
+    """The assignment with a plan's widths for the matrices of the blocks.
+
+    Raises:
+        InputError: the plan does not fit the model or the recipe.
+    """
+    inner = {name: spec for name, spec in assignment.specs.items() if assignment.refs[name].block >= 0}
+    mixed = plan.apply(inner, assignment.refs, source.fingerprint)
+    return replace(assignment, specs={name: mixed.get(name, spec) for name, spec in assignment.specs.items()})
+
+
+def planned_widths(
+    source: SourceModel,
+    job: Job,
+    assignment: Assignment,
+    journal: Journal,
+    batches: Sequence[Tensor],
+    options: RunOptions,
+) -> tuple[Assignment, BitPlan | None]:
+    """The widths that are known before the first block: those of a given plan, or of a budget.
+
+    Args:
+        source, job, assignment, batches, options: of the run.
+        journal: open; a plan that had to be made is kept in it.
+
+    Returns:
+        the assignment with widths, and the plan; the assignment as it was and None where blocks find their own.
+
+    Raises:
+        InputError: a plan that does not fit, or a budget that cannot be met.
+    """
+    plan = job.plan
+    if plan is None and job.allocation is not None and job.allocation.policy == "budget":
+        facts = journal.facts(PLAN)
+        if facts is None:
+            options.progress(Event("stage", blocks=source.map.n_blocks, message="surveying the float model"))
+            made = plan_by_budget(source, job, assignment, batches, options, journal.folder / SURVEY)
+            journal.put(PLAN, Entry({}, made.to_dict()))
+            facts = journal.facts(PLAN)
+        assert facts is not None
+        # From the journal in either case, so that a run and its continuation have the same numbers.
+        plan = parse_plan(facts, "the journal's plan")
+    return (assignment, None) if plan is None else (with_plan(source, assignment, plan), plan)
+
+
+def plan_of_run(
+    source: SourceModel, job: Job, assignment: Assignment, facts: Mapping[str, Mapping[str, Any]]
+) -> BitPlan | None:
+    """The plan that a run's blocks have found, from what the journal says of them; None if they did not look."""
+    if job.allocation is None:
+        return None
+    matrices, layouts = {}, {}
+    for part in facts.values():
+        for name, found in part.get("allocation", {}).items():
+            spec, ref = assignment.specs[name], assignment.refs[name]
+            size = spec.columns_per_group(ref.shape[1])
+            matrices[name] = MatrixPlan(ref.shape, size, spec.rotation, tuple(found["widths"]), found["why"])
+        layouts.update(part["layouts"])
+    if not matrices:
+        return None
+    stored = size_summary(source, assignment, stored_bytes(layouts))["bits_per_linear_weight"]
+    settings = {**asdict(job.allocation.search), "sequences": job.allocation.sequences}
+    return BitPlan(source.fingerprint, job.allocation.policy, matrices, settings, {"bits_per_weight": stored})

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bitfloor.core.errors import InputError
-from bitfloor.core.spec import MatrixRef
+from bitfloor.core.spec import MatrixRef, QuantSpec
 from bitfloor.methods.base import Need
 from bitfloor.modeling.loader import SourceModel
+from bitfloor.pipeline.allocate import with_plan
+from bitfloor.pipeline.budget import check_budget, promised_bits
 from bitfloor.pipeline.ends import ROWS
 from bitfloor.pipeline.job import Assignment, Job, assign, check_loadable
 from bitfloor.pipeline.layouts import spec_layout
@@ -62,9 +64,14 @@ def make_plan(
         InputError: the assignment is impossible (see :func:`bitfloor.pipeline.job.assign`).
     """
     assignment = assign(source.map, job)
+    check_budget(job, assignment)
+    if job.plan is not None:
+        assignment = with_plan(source, assignment, job.plan)
     check_loadable(source.skeleton, assignment)
     layouts = {name: spec_layout(assignment.refs[name], spec) for name, spec in assignment.specs.items()}
     stored = stored_bytes(layouts)
+    # Where widths are found by the run, the most that its blocks may take; single matrices are shown as if uniform.
+    promised = None if job.searches is None else int(promised_bits(job, assignment) / BYTE)
     held = parameter_sizes(source)
     sizes = matrix_bytes(source, assignment, stored)
     matrices = []
@@ -74,7 +81,7 @@ def make_plan(
             {
                 "name": name,
                 "shape": list(ref.shape),
-                "bits": 8 * held[ref.param][1] // held[ref.param][0] if spec is None else spec.bits,
+                "bits": 8 * held[ref.param][1] // held[ref.param][0] if spec is None else shown_bits(spec),
                 "group_size": None if spec is None else spec.columns_per_group(ref.shape[1]),
                 "rotation": None if spec is None else spec.rotation,
                 "bytes": sizes[name],
@@ -85,11 +92,16 @@ def make_plan(
     available = available_memory(device)
     return {
         "matrices": matrices,
-        **size_summary(source, assignment, stored),
+        **size_summary(source, assignment, stored, promised),
         "peak_memory_bytes": peak,
         "available_memory_bytes": available,
         "fits": available is None or peak <= available,
     }
+
+
+def shown_bits(spec: QuantSpec) -> float | int:
+    """The width of a matrix, or the mean of its groups' widths."""
+    return round(sum(spec.widths) / len(spec.widths), 3) if spec.widths else spec.bits
 
 
 def check_memory(planned: dict[str, Any], *, tunes: bool = False) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from bitfloor.core.errors import InputError
 from bitfloor.core.precision import products_used
 from bitfloor.modeling.loader import SourceModel
-from bitfloor.pipeline.allocate import planned_widths
+from bitfloor.pipeline.allocate import planned_widths, with_plan
+from bitfloor.pipeline.budget import check_budget
 from bitfloor.pipeline.finish import write_checkpoint
 from bitfloor.pipeline.folder import clear_finished, damaged_file, only_writer, own_spill, prepare
 from bitfloor.pipeline.job import Job, assign
@@ -53,6 +54,9 @@ def quantize_model(
         BitfloorError: the run failed; what was finished is kept.
     """
     assignment = assign(source.map, job)
+    check_budget(job, assignment)
+    if job.plan is not None:
+        with_plan(source, assignment, job.plan)  # does it fit?
     fingerprint = make_fingerprint(source, job, data, options.device)
     if not Journal(out, fingerprint).exists():
         source.check_finite()

@@ -38,13 +38,16 @@ def matrix_bytes(source: SourceModel, assignment: Assignment, stored: Mapping[st
     return {**stored, **{name: held[param][1] // experts[param] for name, param in kept.items()}}
 
 
-def size_summary(source: SourceModel, assignment: Assignment, stored: Mapping[str, int]) -> dict[str, Any]:
+def size_summary(
+    source: SourceModel, assignment: Assignment, stored: Mapping[str, int], promised: int | None = None
+) -> dict[str, Any]:
     """Bits and bytes of the whole model, measured or predicted.
 
     Args:
         source: the float model.
         assignment: what is quantized and what is kept.
         stored: bytes of every quantized matrix.
+        promised: bytes that the quantized matrices of the blocks take in all at most, where that is all that is known.
 
     Returns:
         ``bits_per_linear_weight`` (all linears of the blocks, kept ones at their own width), ``bits_per_parameter``,
@@ -59,6 +62,8 @@ def size_summary(source: SourceModel, assignment: Assignment, stored: Mapping[st
     other_bytes = sum(held[name][1] for name in source.map.kept)
     other_count = sum(held[name][0] for name in source.map.kept)
     linear_bytes, end_bytes = sum(sizes[n] for n in linears), sum(sizes[n] for n in ends)
+    if promised is not None:
+        linear_bytes += promised - sum(stored[n] for n in linears if n in stored)
     total = linear_bytes + end_bytes + other_bytes
     parameters = sum(weights.values()) + other_count
     linear_weights = sum(weights[n] for n in linears)

@@ -13,7 +13,7 @@ At a price every group decides for itself, ``argmin_b d[k, b] + lambda c[k, b]``
 ``lambda B`` is a lower bound of the best distortion within the budget (Lagrangian duality; Everett, 1963). The highest
 bound is found by bisection on the price. The plan at that price may leave a few bits unspent: they go, greedily, to the
 steps that gain most for a bit. The distance of what comes out from the bound is the most that any solver could still
-gain, and it is reported; with thousands of groups it is a few parts in a million.
+gain, and it is reported; with thousands of groups it is less than one in ten thousand.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def allot(distortion: Tensor, cost: Tensor, budget: float) -> Allotment:
 
     Args:
         distortion: ``[K, B]``, finite and not negative.
-        cost: ``[K, B]`` in bits, rising along the widths.
+        cost: ``[K, B]`` in bits.
         budget: bits.
 
     Raises:
@@ -75,7 +75,7 @@ def allot(distortion: Tensor, cost: Tensor, budget: float) -> Allotment:
     at = torch.arange(len(cost), device=cost.device)
 
     def choose(price: float) -> Tensor:
-        # Of equals the cheapest: the first, as costs rise.
+        # Of equals the first.
         return (distortion + price * cost).argmin(1)
 
     def spent(choice: Tensor) -> float:

@@ -40,6 +40,7 @@ from bitfloor.core.linalg import all_finite, inverse_factor
 from bitfloor.ops.sweeps import gptq_columns
 
 BLOCK = 128
+NOT_FINITE = "the Hessian holds NaN or Inf: the calibration activations overflowed; check the model."
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,54 @@ class GptqResult:
         grid: the grid of the codes: the one given, or the one found.
         damping: the relative damping that was used in the end.
         target: ``[O, I]`` float32, what the codes approximate: the weight, or the weight corrected for drift.
+        errors: ``[G]`` float64, the share of every group in the damped output error: ``e_j^2`` summed over its columns
+            and over rows, each row counted as asked for; None if it was not.
     """
 
     codes: Tensor
     grid: Grid
     damping: float
     target: Tensor
+    errors: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """What a sweep takes from the Hessian, for several matrices of one input.
+
+    Args:
+        order: column numbers in the order of the sweep.
+        factor: ``[I, I]`` float32, ``U`` in that order.
+        damping: the relative damping that was used.
+    """
+
+    order: Tensor
+    factor: Tensor
+    damping: float
+
+
+def factorise(hessian: Tensor, group_size: int, *, damping: float, act_order: bool, whole_groups: bool) -> Factor:
+    """Order and factor of a sweep.
+
+    Args:
+        hessian: as for :func:`gptq`.
+        group_size: columns of a group.
+        damping: as for :func:`gptq`.
+        act_order: as for :func:`gptq`.
+        whole_groups: columns of a group stay together: grids are found on the way.
+
+    Raises:
+        BitfloorError: the Hessian is not finite, or cannot be factorised at any damping.
+    """
+    if not all_finite(hessian):
+        raise BitfloorError(NOT_FINITE)
+    groups = torch.arange(hessian.shape[0], device=hessian.device) // group_size
+    order = _order(hessian.diagonal(), groups, act_order, whole_groups=whole_groups)
+    permuted = hessian[order][:, order]
+    trim_heap()
+    factor, used = inverse_factor(permuted, damping)
+    del permuted
+    return Factor(order, factor.float(), used)
 
 
 def gptq(
@@ -84,6 +127,8 @@ def gptq(
     act_order: bool = True,
     drift: Tensor | None = None,
     correction: float = 0.0,
+    factor: Factor | None = None,
+    counted: Tensor | None = None,
 ) -> GptqResult:
     """Codes of ``weight`` that keep ``W X`` rather than ``W``.
 
@@ -98,25 +143,25 @@ def gptq(
         drift: ``[I, I]`` ``(X - X')^T X'`` in the scale of the Hessian, with ``X`` the inputs in the float model and
             ``X'`` those that the Hessian was made of.
         correction: share ``a`` of the drift that the target makes up for.
+        factor: of the Hessian, for these groups, this damping and this order, where it is known already.
+        counted: ``[O]``, how much a row counts in ``errors``; None reports none.
 
     Raises:
         BitfloorError: the Hessian or the drift is not finite, or the Hessian cannot be factorised at any damping.
     """
-    if not all_finite(hessian) or (drift is not None and not all_finite(drift)):
-        raise BitfloorError("the Hessian holds NaN or Inf: the calibration activations overflowed; check the model.")
+    if drift is not None and not all_finite(drift):
+        raise BitfloorError(NOT_FINITE)
     columns = weight.shape[1]
     groups = torch.arange(columns, device=weight.device) // grid.group_size
     on_the_way = isinstance(grid, GridSearch) and not grid.static
-    order = _order(hessian.diagonal(), groups, act_order, whole_groups=on_the_way)
-    permuted = hessian[order][:, order]
-    trim_heap()
-    factor, used = inverse_factor(permuted, damping)
-    del permuted
-    factor = factor.float()
-    trim_heap()
+    if factor is None:
+        size = grid.group_size
+        factor = factorise(hessian, size, damping=damping, act_order=act_order, whole_groups=on_the_way)
+        trim_heap()
+    order, upper = factor.order, factor.factor
     target = weight.float()
     if drift is not None and correction:
-        moved = (correction * (target @ drift)[:, order]) @ factor.T @ factor
+        moved = (correction * (target @ drift)[:, order]) @ upper.T @ upper
         target = target.clone()
         target[:, order] += moved
         del moved
@@ -125,14 +170,17 @@ def gptq(
         at = [torch.nonzero(groups == number).flatten() for number in numbers]
         parts = [grid.find(number, target[:, at[number]], at[number]) for number in numbers]
         grid = join_groups(parts, grid.group_size)
-    sweep = _Sweep(target[:, order], factor)
+    sweep = _Sweep(target[:, order], upper, counted)
     if isinstance(grid, Grid):
         sweep.through(0, columns, grid, groups[order])
     else:
         grid = _find_and_sweep(sweep, grid, order, groups[order])
     codes = torch.empty_like(sweep.codes)
     codes[:, order] = sweep.codes
-    return GptqResult(codes, grid, used, target)
+    errors = None
+    if sweep.errors is not None:
+        errors = sweep.errors.new_zeros(int(groups[-1]) + 1).index_add_(0, groups[order], sweep.errors)
+    return GptqResult(codes, grid, factor.damping, target, errors)
 
 
 def _order(diagonal: Tensor, groups: Tensor, act_order: bool, *, whole_groups: bool) -> Tensor:
@@ -170,9 +218,15 @@ class _Sweep:
         work: ``[O, I]`` weights in the order of the sweep; consumed. Columns not yet swept are up to date after each
             call of :meth:`through`.
         factor: ``[I, I]`` float32, ``U`` in the same order.
+        counted: ``[O]``, how much a row counts in ``errors``; None sums none.
+
+    Attributes:
+        errors: ``[I]`` float64, squared errors of the columns that were swept, or None.
     """
 
-    def __init__(self, work: Tensor, factor: Tensor) -> None:
+    def __init__(self, work: Tensor, factor: Tensor, counted: Tensor | None = None) -> None:
+        self.counted = counted
+        self.errors = None if counted is None else torch.zeros(work.shape[1], dtype=torch.float64, device=work.device)
         self.work = work.contiguous()
         self.factor = factor
         self.codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
@@ -190,5 +244,7 @@ class _Sweep:
         block = self.work[:, first:last].T.contiguous()  # [block, O]
         codes, errors = gptq_columns(block, self.factor[first:last, first:last].contiguous(), scale, shift, tops)
         self.codes[:, first:last] = codes.T
+        if self.errors is not None and self.counted is not None:
+            self.errors[first:last] = errors.square().double() @ self.counted.double()
         if last < self.work.shape[1]:
             self.work[:, last:].addmm_(errors.T, self.factor[first:last, last:], alpha=-1.0)

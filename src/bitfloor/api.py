@@ -16,7 +16,7 @@ from torch import Tensor
 from bitfloor.core.bit_plan import BitPlan, read_plan
 from bitfloor.core.errors import InputError
 from bitfloor.core.precision import product_type
-from bitfloor.core.spec import BITS, QuantSpec
+from bitfloor.core.spec import QuantSpec
 from bitfloor.data.sources import load_text
 from bitfloor.data.tokenize import calibration_batches, token_sha256
 from bitfloor.environment import environment as environment
@@ -34,6 +34,7 @@ from bitfloor.pipeline.plan import check_memory, make_plan
 from bitfloor.pipeline.quantize import quantize_model
 from bitfloor.pipeline.run import RunOptions
 from bitfloor.pipeline.tune import reads_text
+from bitfloor.recipe.checks import check_grids, check_widths
 from bitfloor.recipe.load import load_recipe
 from bitfloor.recipe.method_options import build_config
 from bitfloor.recipe.schema import Recipe
@@ -94,6 +95,39 @@ def quantize(
     data = token_sha256(batches) if batches else "none"
     options = RunOptions(device, None if spill is None else Path(spill), progress or silent)
     return quantize_model(source, job, batches, data, Path(out), options=options, resume=resume)
+
+
+def allocate(
+    model: AnyPath,
+    out: AnyPath,
+    recipe: AnyRecipe = "slim-llm-w2g64",
+    *,
+    overrides: Sequence[str] = (),
+    calibration: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> BitPlan:
+    """Find the widths that :func:`quantize` would, and write them to a file that ``allocation.plan`` takes.
+
+    Args:
+        model, recipe, overrides, calibration, device, progress: as for :func:`quantize`.
+        out: the file to be written, JSON (docs/allocation.md).
+
+    Raises:
+        InputError: anything wrong with what was asked; a recipe that allocates nothing.
+        BitfloorError: the run failed.
+    """
+    from bitfloor.planning import make_bit_plan
+
+    check_device(device)
+    checked = load_recipe(recipe, overrides, calibration=calibration)
+    steady_allocation()
+    source = open_source(model)
+    job = make_job(checked, source, device)
+    check_calibration(checked, job, source, calibration)
+    batches = _batches(checked, job, source)
+    data = token_sha256(batches) if batches else "none"
+    return make_bit_plan(source, job, batches, data, Path(out), RunOptions(device, None, progress or silent))
 
 
 def plan(
@@ -247,8 +281,8 @@ def make_job(recipe: Recipe, source: SourceModel, device: str = "cpu") -> Job:
         recipe = recipe.model_copy(update={"allocation": named})
     settled = _settled(recipe, device)
     method = METHODS[recipe.method.name]
-    _check_widths(recipe, source, plan)
-    _check_grids(recipe, source)
+    check_widths(recipe, source, plan)
+    check_grids(recipe, source)
     head = recipe.embedding if recipe.head.bits is None else recipe.head
     return Job(
         method=method(build_config(recipe.method, recipe.name), recipe.seed),
@@ -279,33 +313,6 @@ def _settled(recipe: Recipe, device: str) -> Recipe:
     dtype = product_type(recipe.calibration.precision, device)
     chosen = recipe.calibration.model_copy(update={"precision": str(dtype).removeprefix("torch.")})
     return recipe.model_copy(update={"calibration": chosen})
-
-
-def _check_widths(recipe: Recipe, source: SourceModel, plan: BitPlan | None) -> None:
-    """Refuse SBA where one bit more or less is no width that is stored."""
-    if recipe.allocation is None or recipe.allocation.policy != "sba" or plan is not None:
-        return
-    for ref in source.map.matrices:
-        spec, _ = recipe.decide(ref.name)
-        unknown = [] if spec is None else [bits for bits in (spec.bits - 1, spec.bits + 1) if bits not in BITS]
-        if spec is not None and unknown:
-            raise InputError(
-                f"allocation by sba gives some groups of {ref.name} {unknown[0]} bits beside its {spec.bits}, which "
-                "are not stored; use 2 to 5 bits, or allocation.policy=budget."
-            )
-
-
-def _check_grids(recipe: Recipe, source: SourceModel) -> None:
-    """Refuse the published search of ranges where it is not defined."""
-    if recipe.method.options.get("range") != "sqc":
-        return
-    for ref in source.map.matrices:
-        spec, _ = recipe.decide(ref.name)
-        if spec is not None and spec.symmetric:
-            raise InputError(
-                f"method.range = sqc is for asymmetric grids, and {ref.name} is symmetric; "
-                "set its symmetric to false, or use range: search."
-            )
 
 
 def _end_spec(bits: int, group_size: int, recipe: Recipe) -> QuantSpec | None:

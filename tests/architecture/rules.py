@@ -28,6 +28,7 @@ LEVELS = {
     "pipeline": 4,
     "recipe": 5,
     "scoring": 5,
+    "planning": 5,
     "environment": 5,
     "api": 6,
     "cli": 7,

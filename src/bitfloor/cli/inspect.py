@@ -8,16 +8,29 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from bitfloor.cli.console import display, in_bytes, in_short, in_time, pairs, print_json, table
+from bitfloor.cli.bits import draw, histogram, legend, linears, plan_in, widths_of
+from bitfloor.cli.console import display, in_bytes, in_short, in_time, pairs, print_json, print_note, table
 from bitfloor.cli.inspection import Inspection, Layer, inspect_folder
+from bitfloor.core.errors import InputError
 
 
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of bitfloor quantize.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (docs/cli.md has the schema).")] = False,
+    bits: Annotated[bool, typer.Option("--bits", help="Show the widths of groups by kind of layer and depth.")] = False,
+    image: Annotated[
+        Path | None, typer.Option("--image", metavar="FILE.png", help="With --bits: draw the bit map too.")
+    ] = None,
 ) -> None:
     """Show bits, bytes, errors and times, layer by layer."""
+    if image is not None and not bits:
+        raise InputError("--image draws the bit map of --bits; add --bits.")
+    if bits and as_json:
+        raise InputError("--bits is a table, and --json prints the layers with their segments; use one of them.")
     found = inspect_folder(folder)
+    if bits:
+        _show_bits(found, folder, image)
+        return
     if as_json:
         print_json(found.as_json())
         return
@@ -29,6 +42,17 @@ def inspect(
     fallbacks = [(layer.name, layer.note) for layer in found.layers if layer.note]
     if fallbacks:
         display(pairs([("fallbacks", str(len(fallbacks))), *fallbacks]))
+
+
+def _show_bits(found: Inspection, folder: Path, image: Path | None) -> None:
+    plan = plan_in(folder)
+    for by_depth in (False, True):
+        headings, *rows = histogram(found, plan, by_depth=by_depth)
+        display(table(headings, rows))
+    if image is not None:
+        draw(found, plan, image)
+        used = {width for layer in linears(found) for width in widths_of(layer, plan)}
+        print_note(f"\nwrote {image}: a row a block, a strip a matrix, a cell a group; {legend(used)}")
 
 
 def summary(found: Inspection) -> Table:

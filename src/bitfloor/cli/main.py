@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
+from bitfloor.cli.allocate import allocate
 from bitfloor.cli.console import PipeClosed, print_error, print_text
 from bitfloor.cli.environment import env
 from bitfloor.cli.evaluate import evaluate, export, generate
@@ -45,6 +46,7 @@ app.command("generate")(generate)
 app.command("export")(export)
 app.add_typer(recipes, name="recipes")
 app.command("plan")(plan)
+app.command("allocate")(allocate)
 app.command("env")(env)
 
 

@@ -1,0 +1,47 @@
+"""``bitfloor allocate``: the width of every group, and why, without quantizing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitfloor.cli.console import display, pairs, print_note
+from bitfloor.cli.progress import watching
+from bitfloor.cli.quantize import Calibration, Device, Model, Overrides, RecipeName
+from bitfloor.recipe.load import load_recipe
+
+DEFAULT_RECIPE = "slim-llm-w2g64"
+
+
+def allocate(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.json", help="The plan to write.")],
+    overrides: Overrides = None,
+    recipe: RecipeName = DEFAULT_RECIPE,
+    calibration: Calibration = None,
+    device: Device = "cpu",
+) -> None:
+    """Find the width of every group and write it down, with the reasons.
+
+    Policy budget looks at the float model once; policy sba takes as long as quantizing does.
+    """
+    load_recipe(recipe, overrides or (), calibration=calibration)
+    from bitfloor import api
+
+    with watching() as progress:
+        plan = api.allocate(
+            model, out, recipe, overrides=overrides or (), calibration=calibration, device=device, progress=progress
+        )
+    count = Counter(width for matrix in plan.matrices.values() for width in matrix.widths)
+    total = sum(count.values())
+    facts = [
+        (f"{width} bits", f"{number} groups, {100 * number / total:.1f}%") for width, number in sorted(count.items())
+    ]
+    facts.append(("stored bits a weight", f"{plan.summary['bits_per_weight']:.3f}"))
+    if "gap" in plan.summary:
+        facts.append(("at most to gain", f"{100 * plan.summary['gap']:.3f}%"))
+    display(pairs(facts))
+    print_note(f"\nwrote {out}; next: bitfloor quantize {model} ... allocation.plan={out}")

@@ -1,0 +1,140 @@
+"""``bitfloor inspect --bits``: which groups have which width, by kind of layer and by depth, and as a picture."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from bitfloor.cli.inspection import Inspection, Layer
+from bitfloor.core.bit_plan import BitPlan, read_plan
+from bitfloor.core.errors import InputError
+from bitfloor.formats.atomic import atomic_file
+
+PLAN = "plan.json"
+# From one bit to eight: a scale from light to dark that also reads in grey.
+COLOURS = {
+    1: (253, 231, 37),
+    2: (122, 209, 81),
+    3: (34, 168, 132),
+    4: (42, 120, 142),
+    5: (65, 68, 135),
+    6: (68, 1, 84),
+    8: (20, 0, 30),
+}
+BACKGROUND = (255, 255, 255)
+CELL, GAP = 6, 4
+
+
+def widths_of(layer: Layer, plan: BitPlan | None) -> tuple[int, ...]:
+    """Width of every group of a matrix, in natural order where the folder has a plan, else narrow ones first."""
+    if plan is not None and layer.name in plan.matrices:
+        return plan.matrices[layer.name].widths
+    found: list[int] = []
+    for segment in layer.segments:
+        found += [segment["bits"]] * -(-segment["columns"] // segment["group_size"])
+    return tuple(found)
+
+
+def plan_in(folder: Path) -> BitPlan | None:
+    """The plan that lies in a quantized folder, if one does."""
+    return read_plan(folder / PLAN) if (folder / PLAN).is_file() else None
+
+
+def place(name: str) -> tuple[int, str]:
+    """Depth and kind of a matrix: ``model.layers.3.mlp.up_proj`` is ``(3, "up_proj")``."""
+    numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
+    return int(numbers[0]) if numbers else -1, name.rpartition(".")[2]
+
+
+def histogram(found: Inspection, plan: BitPlan | None, *, by_depth: bool) -> list[tuple[str, ...]]:
+    """Rows of a table: a kind of layer or a block, its mean width, and the share of its groups at every width.
+
+    Args:
+        found: the folder.
+        plan: of the folder.
+        by_depth: rows are blocks; otherwise kinds of layers.
+    """
+    counts: dict[str, Counter[int]] = {}
+    for layer in linears(found):
+        depth, kind = place(layer.name)
+        counts.setdefault(f"block {depth}" if by_depth else kind, Counter()).update(widths_of(layer, plan))
+    known = sorted({width for count in counts.values() for width in count})
+    rows = [("", "mean", *(f"{width} bit" for width in known))]
+    for name, count in counts.items():
+        total = sum(count.values())
+        mean = sum(width * number for width, number in count.items()) / total
+        shares = (f"{100 * count[width] / total:.1f}%" if count[width] else "-" for width in known)
+        rows.append((name, f"{mean:.3f}", *shares))
+    return rows
+
+
+def linears(found: Inspection) -> list[Layer]:
+    """The quantized matrices of the blocks.
+
+    Raises:
+        InputError: there are none.
+    """
+    layers = [layer for layer in found.layers if layer.kind not in ("embedding", "head")]
+    if not layers:
+        raise InputError("no matrix of a block is quantized here; there are no bits to show.")
+    return layers
+
+
+def draw(found: Inspection, plan: BitPlan | None, path: Path) -> None:
+    """Write the bit map as a PNG: a row for each block, a strip for each of its matrices, a cell for each group.
+
+    Args:
+        found: the folder.
+        plan: of the folder.
+        path: the file.
+
+    Raises:
+        InputError: the file cannot be written, or is not a PNG by name.
+    """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path} does not end in .png; the picture is a PNG.")
+    blocks: dict[int, dict[str, tuple[int, ...]]] = {}
+    for layer in linears(found):
+        depth, _ = place(layer.name)
+        # Experts have their number in the name and get a strip each.
+        own = re.sub(r"^.*?\.\d+\.", "", layer.name)
+        blocks.setdefault(depth, {})[own] = widths_of(layer, plan)
+    kinds: dict[str, int] = {}
+    for strips in blocks.values():
+        for kind, widths in strips.items():
+            kinds[kind] = max(kinds.get(kind, 0), len(widths))
+    rows = [_row(blocks[depth], kinds) for depth in sorted(blocks)]
+    with atomic_file(path) as file:
+        file.write(png([row for row in rows for _ in range(CELL)]))
+
+
+def _row(strips: Mapping[str, Sequence[int]], kinds: Mapping[str, int]) -> bytes:
+    """One line of pixels of a block."""
+    line = bytearray()
+    for kind, most in kinds.items():
+        widths = strips.get(kind, ())
+        for group in range(most):
+            colour = COLOURS[widths[group]] if group < len(widths) else BACKGROUND
+            line += bytes(colour) * CELL
+        line += bytes(BACKGROUND) * GAP
+    return bytes(line)
+
+
+def png(rows: Sequence[bytes]) -> bytes:
+    """An image file of lines of red, green and blue bytes (PNG, ISO/IEC 15948)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", len(rows[0]) // 3, len(rows), 8, 2, 0, 0, 0)
+    lines = zlib.compress(b"".join(b"\0" + row for row in rows), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+
+
+def legend(used: Iterable[int]) -> str:
+    """What the colours mean."""
+    return ", ".join(f"{width} bit #{''.join(f'{part:02x}' for part in COLOURS[width])}" for width in sorted(set(used)))

@@ -48,6 +48,9 @@ METHOD_FOLDERS = ("methods/", "solvers/", "ops/")
 UNCOUNTED = ("methods/options.py", "methods/table.py")
 # The last stage, where a recipe has one.
 TUNING = ("pipeline/tune.py", "pipeline/student.py", "solvers/scales.py", "solvers/adamw.py")
+# Finding widths by group, where a recipe does; their solvers are those that these import.
+ALLOCATING = ("methods/allocation.py", "pipeline/allocate.py", "pipeline/budget.py", "pipeline/survey.py")
+ALLOCATORS = ("solvers/budget.py", "solvers/salience.py", "solvers/slim_bits.py")
 # Memory and resuming depend on how tensors are read, held and written too.
 RUNNING = ("pipeline", "formats", "modeling")
 
@@ -146,12 +149,13 @@ def recipe_sha256(preset: str, overrides: Iterable[str] = (), calibration: str |
 
 
 def parts_of(preset: str, overrides: Iterable[str] = ()) -> tuple[str, ...]:
-    """The parts of the package that a preset's results depend on: its method's, and those of tuning if it tunes."""
+    """The parts of the package that a preset's results depend on: its method's, and those of the stages that it has."""
     from bitfloor.recipe.load import load_recipe
 
     recipe = load_recipe(preset, list(overrides))
     parts = quality(recipe.method.name)
-    return parts if recipe.tune is None else tuple(dict.fromkeys((*parts, *TUNING)))
+    more = (() if recipe.tune is None else TUNING) + (() if recipe.allocation is None else (*ALLOCATING, *ALLOCATORS))
+    return tuple(dict.fromkeys((*parts, *more)))
 
 
 # -- the header of a result -------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need, stages
 from bitfloor.methods.options import GptqConfig
 from bitfloor.solvers.descent import descend
-from bitfloor.solvers.gptq import GptqResult, GridSearch, gptq
+from bitfloor.solvers.gptq import Factor, GptqResult, GridSearch, factorise, gptq
 from bitfloor.solvers.ranges import search_grid, tempered
 from bitfloor.solvers.slim_sqc import sqc_grid
 
@@ -93,12 +93,13 @@ class Gptq:
     ) -> None:
         """Quantize the matrices of one input group; those of equal spec are swept together, row by row independent."""
         chosen = self._chosen(block, group, seen, specs)
+        by_rotation = {rotation: seen.shown(rotation) for rotation in {specs[name].rotation for name in group}}
         for spec in dict.fromkeys(specs[name] for name in group):
             began = time.perf_counter()
             names = [name for name in group if specs[name] == spec]
             weights = [rotate(block.weight(name), spec.rotation) for name in names]
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            shown = seen.shown(spec.rotation)
+            shown = by_rotation[spec.rotation]
             config = replace(self.config, correction=chosen.get(spec, self.config.correction))
             solved, note = solve(stacked, shown, spec, config)
             if self.config.choose and spec not in chosen:
@@ -133,9 +134,11 @@ class Gptq:
         columns = block.weight(group[0]).shape[1]
         if seen.held.hessian.rows and seen.hessian.rows >= MIN_TOKENS_PER_CHANNEL * columns:
             given = self.config.correction
+            rotations = {specs[name].rotation for name in group}
+            sums = {rotation: (seen.held.shown(rotation), seen.shown(rotation)) for rotation in rotations}
             for spec in dict.fromkeys(specs[name] for name in group):
                 weight = torch.cat([rotate(block.weight(name), spec.rotation) for name in group if specs[name] == spec])
-                held, shown = seen.held.shown(spec.rotation), seen.shown(spec.rotation)
+                held, shown = sums[spec.rotation]
                 errors = {}
                 # The given one comes first: it is kept where all are equal.
                 for correction in dict.fromkeys((given, *CORRECTIONS)):
@@ -185,6 +188,7 @@ def solve(weight: Tensor, shown: Shown, spec: QuantSpec, config: GptqConfig) -> 
         act_order=config.act_order,
         drift=shown.drift if config.correction else None,
         correction=config.correction,
+        factor=shown.factor(grids.group_size, config),
     )
     if config.sweeps:
         codes, grid = descend(
@@ -210,6 +214,21 @@ class Shown:
     hessian: Tensor
     drift: Tensor | None
     rows: int
+    _factors: dict[tuple[Any, ...], Factor] = field(default_factory=dict, repr=False)
+
+    def factor(self, group_size: int, config: GptqConfig) -> Factor:
+        """Order and factor for a sweep; made once for all matrices and corrections that want the same one."""
+        key = (group_size, config.damping, config.act_order, config.static_groups)
+        if key not in self._factors:
+            self._factors[key] = factorise(
+                self.hessian,
+                group_size,
+                damping=config.damping,
+                act_order=config.act_order,
+                whole_groups=not config.static_groups,
+            )
+            trim_heap()
+        return self._factors[key]
 
 
 def drifted_error(weight: Tensor, approximation: Tensor, shown: Shown) -> float:

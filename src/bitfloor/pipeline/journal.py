@@ -33,7 +33,7 @@ RUN = "run.json"
 ENDS = "ends"
 PLAN = "plan"  # widths of all groups, where they are chosen before the first block
 TUNED, STATE = "tuned", "tuning"  # the result of the last stage, and what it has learnt so far
-PARTS = re.compile(r"((tuned-)?(block-\d{5}|ends)|plan|tuned|tuning)\.safetensors(\.tmp)?|run\.json\.tmp")
+PARTS = re.compile(r"((tuned-)?(block-\d{5}|ends)|plan|tuned|tuning)\.safetensors(\.tmp)?|run\.json\.tmp|survey")
 
 
 @dataclass(frozen=True)

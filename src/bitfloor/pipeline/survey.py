@@ -23,6 +23,7 @@ and its gradients are in memory.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class SurveyOptions:
         products: type in which the quantizable matrices are multiplied.
         device: where blocks are computed.
         seed: of the labels.
-        folder: for what enters each block; None keeps it in memory.
+        folder: for what enters each block, removed in the end; None keeps it in memory.
     """
 
     products: torch.dtype = torch.float32
@@ -125,6 +126,8 @@ def survey(
     finally:
         for stream in states:
             stream.close()
+        if options.folder is not None:
+            shutil.rmtree(options.folder, ignore_errors=True)
 
 
 def _runner(source: SourceModel, k: int, calls: Sequence[Sequence[Call]], options: SurveyOptions) -> BlockRunner:

@@ -97,7 +97,9 @@ def against_peers(ours: Mapping[str, Any], peers: Mapping[str, Any]) -> list[dic
         if name not in ours:
             continue
         kind = (tool, bits, GROUP)
+        # Runs with another seed are there to show how far one setting scatters (table "seeds").
         rivals = {k: p for k, p in peers.items() if (p["tool"], p.get("bits"), p.get("group_size")) == kind}
+        rivals = {key: peer for key, peer in rivals.items() if peer.get("seed") is None}
         if pattern.startswith(PLAIN):
             rivals = {key: peer for key, peer in rivals.items() if not peer["settings"].get("enable_alg_ext")}
         for text, own in our_scores(ours[name]).items():

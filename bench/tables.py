@@ -183,6 +183,43 @@ def ablation(results: Results) -> str:
     return _variants({key: value for key, value in results.items() if key.startswith("ablation/block")})
 
 
+def seeds(results: Results) -> str:
+    """SignRound here and in auto-round, the same settings with batches in other orders."""
+    rows = []
+    for key, content in results.items():
+        ours = re.fullmatch(r"yardstick/(signround-w\dg64)\+calibration\.batch_size-4(\+seed-(\d+))?", key)
+        theirs = re.fullmatch(r"peers/autoround_w(\d)_default(_seed\d+)?", key)
+        if ours:
+            perplexities = [content["perplexity"][text]["ppl"] for text in NAMES]
+            rows.append([ours[1], f"bitfloor, seed {ours[3] or 0}", *map(perplexity_cell, perplexities)])
+        elif theirs:
+            scores = {entry["file"]: entry["ppl"] for entry in content["evaluation"].values()}
+            perplexities = [next(value for file, value in scores.items() if text in file) for text in NAMES]
+            name = f"auto-round, seed {content.get('seed', 42)}"
+            rows.append([f"signround-w{theirs[1]}g64", name, *map(perplexity_cell, perplexities)])
+    return markdown(["same settings", "", *NAMES.values()], sorted(rows))
+
+
+def slim(results: Results) -> str:
+    """Everything with widths by group, and what it is measured against: the same without, GPTQ, this project's own."""
+    beside = {f"yardstick/{name}-w{bits}g64" for name in ("gptq", "bitfloor") for bits in (2, 3)}
+    chosen = [
+        content
+        for key, content in results.items()
+        if key in beside or (key.startswith("yardstick/") and ("slim" in key or "allocation" in key))
+    ]
+    rows = [
+        [
+            content["name"],
+            f"{content['bits_per_linear_weight']:.3f}",
+            *(perplexity_cell(content["perplexity"][text]["ppl"]) for text in NAMES),
+            f"{content['quantization']['cpu_seconds']:.0f}",
+        ]
+        for content in sorted(chosen, key=lambda content: (-content["bits_per_linear_weight"] // 1, content["name"]))
+    ]
+    return markdown(["", "stored bits per linear weight", *NAMES.values(), "CPU-seconds"], rows)
+
+
 def wider(results: Results) -> str:
     """Windows of two blocks, and losses that weigh channels."""
     return _variants({key: value for key, value in results.items() if key.startswith("ablation/wider")})
@@ -214,9 +251,12 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "determinism": determinism,
     "ablation": ablation,
     "wider": wider,
+    "slim": slim,
+    "seeds": seeds,
 }
 # Documents with marked tables.
-DOCUMENTS = (record.ROOT / "README.md", record.ROOT / "docs" / "methods" / "bitfloor.md")
+METHODS = record.ROOT / "docs" / "methods"
+DOCUMENTS = (record.ROOT / "README.md", METHODS / "bitfloor.md", METHODS / "signround.md", METHODS / "slim-llm.md")
 
 
 def _comparison(results: Results) -> dict[str, Any]:

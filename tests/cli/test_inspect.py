@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
 from cli.conftest import Folder, Run
 
+from bitfloor.cli.bits import CELL, COLOURS, GAP
 from bitfloor.pipeline.timing import remember
 
 SCHEMA = {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "tuning", "layers"}
@@ -103,3 +105,33 @@ def test_an_unfinished_run_is_told_from_an_empty_folder(run: Run, tmp_path: Path
     assert [outcome.code for outcome in (empty, unfinished, missing)] == [2, 2, 2]
     assert "unfinished run" in unfinished.err and "unfinished run" not in empty.err
     assert "does not exist" in missing.err
+
+
+def test_bits_are_counted_by_kind_and_by_depth(run: Run, folder: Folder, tmp_path: Path) -> None:
+    outcome = run("inspect", folder.path, "--bits", "--image", tmp_path / "bits.png")
+    assert outcome.code == 0, outcome.err
+    rows = {line.split()[0]: line.split()[1:] for line in outcome.out.splitlines() if line.strip()}
+    # Two matrices of two groups: four bits and one, and twice two.
+    assert rows["up"] == ["2.250", "25.0%", "50.0%", "25.0%"]
+    assert [line.split()[1] for line in outcome.out.splitlines() if line.strip().startswith("block")] == ["2", "10"]
+    assert "wrote" in outcome.err and "1 bit #fde725" in outcome.err
+    data = (tmp_path / "bits.png").read_bytes()
+    width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+    assert (width, height) == (2 * CELL + GAP, 2 * CELL)
+    lines = zlib.decompress(data[data.index(b"IDAT") + 4 : -16])
+    assert len(lines) == height * (1 + 3 * width)
+    assert lines[1:4] == bytes(COLOURS[4]) and lines[1 + 3 * CELL : 4 + 3 * CELL] == bytes(COLOURS[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--image", "a.png"], "add --bits"),
+        (["--bits", "--json"], "use one of them"),
+        (["--bits", "--image", "a.jpg"], "does not end in .png"),
+    ],
+)
+def test_bits_of_nothing(run: Run, folder: Folder, options: list[str], says: str) -> None:
+    outcome = run("inspect", folder.path, *options)
+    assert outcome.code == 2 and says in outcome.err and outcome.err.count("\n") == 1

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from integration.test_learned_rounding import hashes
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitfloor import api
+from bitfloor.calib.block import BlockRunner
+from bitfloor.core.affine import decode
 from bitfloor.core.errors import InputError
+from bitfloor.core.spec import QuantSpec
+from bitfloor.methods.gptq import Shown, solve
+from bitfloor.methods.options import GptqConfig
+from bitfloor.modeling.loader import open_source
+from bitfloor.pipeline.budget import distortions
 from bitfloor.pipeline.events import Event
+from bitfloor.pipeline.survey import Stakes, SurveyOptions, survey
 
 IDS = torch.tensor([[1, 5, 9, 20, 31]])
 SBA = {"policy": "sba"}
@@ -154,3 +164,59 @@ def test_a_plan_of_another_model_is_refused(pico: Any, small: dict[str, Any], tm
     with pytest.raises(InputError, match="group_size 8, and the recipe has 16"):
         api.quantize(pico("llama"), tmp_path / "other", again)
     assert not (tmp_path / "other").exists()
+
+
+def test_the_survey_foretells_what_a_rounded_matrix_costs(trained: Path, texts: Any) -> None:
+    """Predicted divergence of GPTQ at 2 and 3 bits, one matrix at a time, against the model's own on other text."""
+    source = open_source(trained)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    ids = [
+        torch.tensor(tokenizer(Path(text.partition(":")[0]).read_text("utf-8"))["input_ids"][: 16 * 128]).view(16, 128)
+        for text in (texts.calibration, texts.evaluation)
+    ]
+    specs = {ref.name: QuantSpec(2, 16) for ref in source.map.matrices}
+    found: dict[str, list[float]] = {}
+    costs: dict[str, list[torch.Tensor]] = {}
+    how = GptqConfig(importance=0.5, damping=0.05, static_groups=False)
+
+    def visit(runner: BlockRunner, stakes: Mapping[str, Stakes]) -> None:
+        for name, own in stakes.items():
+            weight = runner.weight(name).clone()
+            found[name] = distortions(weight, own, specs[name], (2, 3), how).sum(0).tolist()
+            seen = Shown(own.hessian, None, own.tokens)
+            solved = [solve(weight, seen, replace(specs[name], bits=bits), how)[0] for bits in (2, 3)]
+            costs[name] = [decode(each.codes, each.grid) for each in solved]
+
+    survey(source, list(ids[0].split(4)), dict.fromkeys(specs, 0), visit, SurveyOptions())
+    model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32).eval()
+    ratios = []
+    with torch.no_grad():
+        base = model(ids[1]).logits.log_softmax(-1)
+        for name, rounded in costs.items():
+            module = model.get_submodule(name)
+            kept = module.weight.data.clone()
+            for predicted, weight in zip(found[name], rounded, strict=True):
+                module.weight.data = weight
+                logs = model(ids[1]).logits.log_softmax(-1)
+                actual = float((base.exp() * (base - logs)).sum(-1).mean())
+                ratios.append(predicted / actual)
+            module.weight.data = kept
+    assert found.keys() == specs.keys()
+    middle = sorted(ratios)[len(ratios) // 2]
+    assert 0.6 < middle < 1.6, middle
+    # Over four decades of divergence, from the query of the last block to the value of the first.
+    assert sum(0.33 < ratio < 3 for ratio in ratios) >= 0.85 * len(ratios), sorted(ratios)
+
+
+def test_what_is_surveyed_does_not_depend_on_how_sequences_are_batched(trained: Path) -> None:
+    ids = torch.randint(0, 250, (6, 32), generator=torch.Generator().manual_seed(0))
+    seen: list[dict[str, torch.Tensor]] = []
+    for batches in ([ids], list(ids.split(2))):
+        source, own = open_source(trained), {}
+
+        def visit(_: BlockRunner, stakes: Mapping[str, Stakes], own: dict[str, torch.Tensor] = own) -> None:
+            own.update({name: stake.rows for name, stake in stakes.items()})
+
+        survey(source, batches, dict.fromkeys([ref.name for ref in source.map.matrices], 16), visit, SurveyOptions())
+        seen.append(own)
+    assert seen[0].keys() == seen[1].keys() and all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])

@@ -34,6 +34,7 @@ import unchanged
 FEW, MORE = 40, 240
 OWN = "bitfloor-w{bits}g64"
 START = ("method.steps=0", "method.choose=false")
+QUICK = ("method.choose=false", "method.correction=0", "method.sweeps=1", "method.sequential=false")
 VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("signround", "signround-w{bits}g64", ()),
     ("start", OWN, START),
@@ -42,8 +43,11 @@ VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "start, no correction, one sweep, one pass",
         OWN,
-        (*START, "method.correction=0", "method.sweeps=1", "method.sequential=false"),
+        (*QUICK, "method.steps=0"),
     ),
+    ("the same, 15 steps", OWN, (*QUICK, "method.steps=15", "method.rate=0.005")),
+    ("the same, 20 steps", OWN, (*QUICK, "method.steps=20", "method.rate=0.005")),
+    ("the same, 20 larger steps", OWN, (*QUICK, "method.steps=20", "method.rate=0.01")),
     ("all steps", OWN, ()),
 )
 
@@ -72,7 +76,7 @@ def own_command(model: Path, args: argparse.Namespace, steps: int) -> list[str]:
     overrides += ["method.rate=0.005", "method.range_rate=0.005"]
     recipe = f"signround-w{args.bits}g64"
     out = args.work / "own"
-    command = ["quantize", model, "--out", out, "--recipe", recipe, "--calibration", text, "--overwrite", *overrides]
+    command = ["quantize", model, "--out", out, "--recipe", recipe, "--calib", text, "--no-resume", *overrides]
     return cost.bitfloor_command(*command)
 
 

@@ -200,6 +200,26 @@ def seeds(results: Results) -> str:
     return markdown(["same settings", "", *NAMES.values()], sorted(rows))
 
 
+def block(results: Results) -> str:
+    """One block by auto-round and by methods here, from the same inputs, judged on text that calibrated neither."""
+    rows = []
+    for key, content in results.items():
+        if not key.startswith("block/"):
+            continue
+        base = content["errors"][0]
+        for row in content["errors"]:
+            rows.append(
+                [
+                    f"W{content['bits']}, block {content['block']}: {row['name']}",
+                    f"{row['cpu_seconds']:.1f}",
+                    f"{row['cpu_seconds'] / base['cpu_seconds']:.2f}",
+                    *(f"{row[name]:.4f}" for name in ("error_c4", "error_wiki", "kl_c4", "kl_wiki")),
+                ]
+            )
+    headings = ["", "CPU-seconds", "of auto-round's", "error, C4", "error, WikiText-2", "KL, C4", "KL, WikiText-2"]
+    return markdown(headings, rows)
+
+
 def slim(results: Results) -> str:
     """Everything with widths by group, and what it is measured against: the same without, GPTQ, this project's own."""
     beside = {f"yardstick/{name}-w{bits}g64" for name in ("gptq", "bitfloor") for bits in (2, 3)}
@@ -253,6 +273,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "wider": wider,
     "slim": slim,
     "seeds": seeds,
+    "block": block,
 }
 # Documents with marked tables.
 METHODS = record.ROOT / "docs" / "methods"

@@ -15,7 +15,7 @@ To second order, moving ``W`` by ``D`` moves the model's distribution by
 
 as far as gradients and inputs are independent but for the scaling, and outputs of each other. Distortions of groups in
 different layers are in one unit, which the error of a layer's own output is not. The correlation of inputs must be in
-it: GPTQ makes use of it, in some layers twenty times more than in others.
+it: GPTQ makes use of it, in some layers many times more than in others.
 
 Forward through all blocks once, their inputs kept on disk; then back, block by block, so that no more than one block
 and its gradients are in memory.

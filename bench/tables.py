@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -216,6 +217,11 @@ def block(results: Results) -> str:
                     *(f"{row[name]:.4f}" for name in ("error_c4", "error_wiki", "kl_c4", "kl_wiki")),
                 ]
             )
+        for name, seconds in content.get("cost", {}).get("cpu_seconds", {}).items():
+            middle = statistics.median(seconds)
+            theirs = statistics.median(content["cost"]["cpu_seconds"]["auto-round"])
+            told = f"W{content['bits']}, {content['cost']['steps']} steps of a block and nothing else: {name}"
+            rows.append([told, f"{middle:.1f}", f"{middle / theirs:.2f}", *["-"] * 4])
     headings = ["", "CPU-seconds", "of auto-round's", "error, C4", "error, WikiText-2", "KL, C4", "KL, WikiText-2"]
     return markdown(headings, rows)
 

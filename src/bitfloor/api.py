@@ -121,10 +121,14 @@ def allocate(
 
     check_device(device)
     checked = load_recipe(recipe, overrides, calibration=calibration)
+    if torch.is_inference_mode_enabled():
+        raise InputError("allocate cannot run under torch.inference_mode(): call it outside, or under torch.no_grad().")
     steady_allocation()
+    native.loaded()
     source = open_source(model)
     job = make_job(checked, source, device)
     check_calibration(checked, job, source, calibration)
+    check_memory(make_plan(source, job, _plan_data(checked, job), device=device, spill=False))
     batches = _batches(checked, job, source)
     data = token_sha256(batches) if batches else "none"
     return make_bit_plan(source, job, batches, data, Path(out), RunOptions(device, None, progress or silent))

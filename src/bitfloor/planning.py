@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from bitfloor.core.bit_plan import BitPlan, read_plan
 from bitfloor.core.errors import InputError
-from bitfloor.formats.atomic import write_json
+from bitfloor.formats.atomic import storage_error, write_json
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.budget import check_budget, plan_by_budget
 from bitfloor.pipeline.folder import PLAN_FILE
@@ -54,12 +55,17 @@ def make_bit_plan(
     assignment = assign(source.map, job)
     check_budget(job, assignment)
     source.check_finite()
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise storage_error(error, out.parent) from error
     try:
         if job.allocation.policy == "budget":
-            plan = plan_by_budget(source, job, assignment, batches, options, scratch)
+            plan = plan_by_budget(source, job, assignment, batches, options, scratch / "survey")
         else:
-            quantize_model(source, job, batches, data, scratch, options=options)
+            # Widths are found before anything is tuned.
+            untuned = replace(job, recipe={**job.recipe, "tune": None})
+            quantize_model(source, untuned, batches, data, scratch, options=options)
             plan = read_plan(scratch / PLAN_FILE)
         write_json(out, plan.to_dict())
     finally:

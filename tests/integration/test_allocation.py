@@ -16,13 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitfloor import api
 from bitfloor.calib.block import BlockRunner
 from bitfloor.core.affine import decode
+from bitfloor.core.bit_plan import read_plan
 from bitfloor.core.errors import InputError
-from bitfloor.core.spec import QuantSpec
+from bitfloor.core.spec import MatrixRef, QuantSpec
 from bitfloor.methods.gptq import Shown, solve
 from bitfloor.methods.options import GptqConfig
 from bitfloor.modeling.loader import open_source
-from bitfloor.pipeline.budget import distortions
+from bitfloor.pipeline.budget import choose, distortions
 from bitfloor.pipeline.events import Event
+from bitfloor.pipeline.job import Allocation
 from bitfloor.pipeline.survey import Stakes, SurveyOptions, survey
 
 IDS = torch.tensor([[1, 5, 9, 20, 31]])
@@ -143,6 +145,8 @@ def test_one_group_a_matrix_has_nothing_to_share(pico: Any, small: dict[str, Any
         ),
         ({"allocation": {"policy": "budget", "widths": []}}, "allocation.widths = .* is not allowed"),
         ({"allocation": {"policy": "knapsack"}}, "use sba or budget"),
+        ({"allocation": {"policy": "sba", "average": 2.5}}, "average, which policy sba does not read"),
+        ({"allocation": {"policy": "budget", "uniform": True}}, "uniform, which policy budget does not read"),
         ({"allocation": {"plan": "/nowhere/plan.json"}}, "cannot read the plan"),
         ({"method": {"name": "gptq", "range": "sqc"}, "spec": {"bits": 2, "group_size": 8, "symmetric": True}}, "sqc"),
     ],
@@ -220,3 +224,60 @@ def test_what_is_surveyed_does_not_depend_on_how_sequences_are_batched(trained: 
         survey(source, batches, dict.fromkeys([ref.name for ref in source.map.matrices], 16), visit, SurveyOptions())
         seen.append(own)
     assert seen[0].keys() == seen[1].keys() and all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
+
+
+def test_what_keeps_its_width_pays_from_the_common_budget() -> None:
+    refs = {name: MatrixRef(name, name, (64, 128), 0, "linear") for name in "abc"}
+    specs = dict.fromkeys(refs, QuantSpec(4, 32))
+    falling = torch.tensor([[16.0, 4.0, 1.0, 0.25, 0.06]]).repeat(4, 1)
+    tables = {"a": falling, "b": 3.0 * falling, "c": torch.full((4, 5), torch.nan)}
+    plan = choose("m", Allocation("budget", average=3.5), specs, refs, tables)
+    assert set(plan.matrices["c"].widths) == {4} and "note" in plan.matrices["c"].why
+    assert plan.summary["bits_per_weight"] <= plan.summary["budget_bits_per_weight"]
+    assert sum(plan.matrices["b"].widths) > sum(plan.matrices["a"].widths)
+    with pytest.raises(InputError, match="too little of the budget"):
+        choose("m", Allocation("budget", average=1.7), specs, refs, tables)
+
+
+def test_a_survey_that_fails_leaves_nothing_behind(trained: Path, tmp_path: Path) -> None:
+    source = open_source(trained)
+    load = source.load_block
+
+    def full(k: int, *arguments: Any) -> Any:
+        if k == 2:
+            raise OSError("disk full")
+        return load(k, *arguments)
+
+    source.load_block = full  # type: ignore[method-assign]
+    ids = torch.randint(0, 250, (2, 16))
+    names = [ref.name for ref in source.map.matrices]
+    with pytest.raises(OSError, match="disk full"):
+        survey(source, [ids], dict.fromkeys(names, 0), lambda *_: None, SurveyOptions(folder=tmp_path / "survey"))
+    assert not (tmp_path / "survey").exists()
+
+
+def test_a_bit_plan_alone_is_the_plan_of_the_run(pico: Any, small: dict[str, Any], tmp_path: Path) -> None:
+    recipe = mixed(small, SBA, METHODS[1]) | {"tune": {"steps": 2}}
+    made = api.allocate(pico("llama"), tmp_path / "plan.json", recipe)
+    api.quantize(pico("llama"), tmp_path / "out", recipe)
+    assert made.matrices == read_plan(tmp_path / "out" / "plan.json").matrices
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plan.json"]
+    for wrong, says in (
+        (recipe | {"allocation": None}, "nothing to allocate"),
+        (mixed(small, {"plan": str(tmp_path / "plan.json")}, METHODS[1]), "replays a plan"),
+    ):
+        with pytest.raises(InputError, match=says):
+            api.allocate(pico("llama"), tmp_path / "other.json", wrong)
+    with pytest.raises(InputError, match="there is no folder"):
+        api.allocate(pico("llama"), tmp_path / "nowhere" / "plan.json", recipe)
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        api.allocate(pico("llama"), tmp_path / "other.json", recipe)
+
+
+def test_where_padding_takes_the_rest_every_matrix_is_as_small_as_it_can_be() -> None:
+    """Symmetric groups of 16 in 48 columns: one bit costs what two do until columns are padded to tiles."""
+    ref, spec = MatrixRef("a", "a", (16, 48), 0, "linear"), QuantSpec(2, 16, True)
+    tables = {"a": torch.tensor([[4.0, 1.0, 0.3, 0.1]]).repeat(3, 1)}
+    how = Allocation("budget", average=1.8, widths=(1, 2, 3, 8))
+    plan = choose("m", how, {"a": spec}, {"a": ref}, tables)
+    assert plan.summary["bits_per_weight"] <= plan.summary["budget_bits_per_weight"]

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from bitfloor.cli.inspection import Inspection, Layer
+from bitfloor.cli.inspection import REPORT, Inspection, Layer
 from bitfloor.core.bit_plan import BitPlan, read_plan
 from bitfloor.core.errors import InputError
-from bitfloor.formats.atomic import atomic_file
+from bitfloor.formats.atomic import atomic_file, read_json
 
 PLAN = "plan.json"
 # From one bit to eight: a scale from light to dark that also reads in grey.
@@ -40,8 +40,13 @@ def widths_of(layer: Layer, plan: BitPlan | None) -> tuple[int, ...]:
 
 
 def plan_in(folder: Path) -> BitPlan | None:
-    """The plan that lies in a quantized folder, if one does."""
-    return read_plan(folder / PLAN) if (folder / PLAN).is_file() else None
+    """The plan that a quantized folder was made by, if it lies there as it was."""
+    report = folder / REPORT
+    if not (folder / PLAN).is_file() or not report.is_file():
+        return None
+    plan = read_plan(folder / PLAN)
+    made_by = (read_json(report).get("allocation") or {}).get("sha256")
+    return plan if plan.sha256() == made_by else None
 
 
 def place(name: str) -> tuple[int, str]:

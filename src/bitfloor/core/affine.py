@@ -112,7 +112,11 @@ def pack(codes: Tensor, grid: Grid, rotation: int = 0) -> PackedWeight:
         segments.append(_segment(own, grid, groups.to(codes.device), bits, start))
     natural = bool((order == torch.arange(len(order))).all())
     return PackedWeight(
-        (rows, columns), tuple(segments), None if natural else order, 1 if natural else grid.group_size, rotation
+        (rows, columns),
+        tuple(segments),
+        None if natural else order.to(codes.device),
+        1 if natural else grid.group_size,
+        rotation,
     )
 
 

@@ -154,11 +154,17 @@ def parse_plan(data: Any, where: str) -> BitPlan:
         raise InputError(f"{where} is a plan of version {data[KEY]}, and this bitfloor reads version {VERSION}.")
     try:
         matrices = {name: _matrix(f"{where}: {name}", entry) for name, entry in data["matrices"].items()}
-        return BitPlan(
-            str(data["model"]), str(data.get("policy", "")), matrices, data.get("settings", {}), data.get("summary", {})
-        )
+        told = {key: _mapping(where, key, data) for key in ("settings", "summary")}
+        return BitPlan(str(data["model"]), str(data.get("policy", "")), matrices, **told)
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{where} is not a complete bit plan ({error}); make it again.") from error
+
+
+def _mapping(where: str, key: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = data.get(key, {})
+    if not isinstance(found, Mapping):
+        raise InputError(f"{where}: {key} must be a mapping; leave it out if it says nothing.")
+    return found
 
 
 def _matrix(where: str, entry: Mapping[str, Any]) -> MatrixPlan:
@@ -173,4 +179,4 @@ def _matrix(where: str, entry: Mapping[str, Any]) -> MatrixPlan:
     size = entry["group_size"]
     if size < 1 or len(widths) != -(-columns // size):
         raise InputError(f"{where}: {len(widths)} widths for {columns} columns in groups of {size}; give one a group.")
-    return MatrixPlan((rows, columns), size, entry["rotation"], tuple(widths), entry.get("why", {}))
+    return MatrixPlan((rows, columns), size, entry["rotation"], tuple(widths), _mapping(where, "why", entry))

@@ -152,8 +152,11 @@ def _sweep(weight: Tensor, seen: _Input, spec: QuantSpec, config: SbaConfig) -> 
 
 
 def _widths(sweep: Sweep, spec: QuantSpec) -> Widths:
+    if not sweep.tokens:
+        note = "no token of the sequences that were looked at entered it; all groups keep their width"
+        return Widths((spec.bits,) * len(sweep.salience), {"note": note})
     best = sweep.best()
-    tokens = max(sweep.tokens, 1)
+    tokens = sweep.tokens
     why = {
         "salience": [float(f"{value:.6g}") for value in sweep.salience.tolist()],
         "promoted": best,

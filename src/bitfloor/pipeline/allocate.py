@@ -15,7 +15,7 @@ from bitfloor.pipeline.events import Event
 from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.journal import PLAN, Entry, Journal
 from bitfloor.pipeline.run import RunOptions
-from bitfloor.pipeline.sizes import size_summary, stored_bytes
+from bitfloor.pipeline.sizes import stored_bytes
 
 SURVEY = "survey"  # folder in the journal, for what enters each block
 
@@ -80,6 +80,8 @@ def plan_of_run(
         layouts.update(part["layouts"])
     if not matrices:
         return None
-    stored = size_summary(source, assignment, stored_bytes(layouts))["bits_per_linear_weight"]
+    sizes = stored_bytes({name: layouts[name] for name in matrices})
+    weights = sum(plan.shape[0] * plan.shape[1] for plan in matrices.values())
+    stored = 8 * sum(sizes.values()) / weights
     settings = {**asdict(job.allocation.search), "sequences": job.allocation.sequences}
     return BitPlan(source.fingerprint, job.allocation.policy, matrices, settings, {"bits_per_weight": stored})

@@ -83,10 +83,13 @@ def plan_by_budget(
 
 def few(batches: Sequence[Tensor], sequences: int | None) -> list[Tensor]:
     """The first sequences of the batches, all for None."""
-    rows = torch.cat(list(batches)) if len({batch.shape[1] for batch in batches}) == 1 else None
-    if sequences is None or rows is None:
+    if sequences is None:
         return list(batches)
-    return list(torch.split(rows[:sequences], len(batches[0])))
+    left, found = sequences, []
+    for batch in batches:
+        found.append(batch[:left])
+        left -= len(found[-1])
+    return [batch for batch in found if len(batch)]
 
 
 def search_of(job: Job) -> GptqConfig:
@@ -162,8 +165,10 @@ def choose(
     parts = [names] if allocation.scope == "model" else [[name] for name in names]
     widths = {name: specs[name].group_widths(refs[name].shape[1]) for name in unseen}
     found: list[Allotment] = []
+    # Those that keep their width pay for it from the common budget.
+    spare = sum(budget_bits(refs[n], specs[n], allocation) - BYTE * stored_size(refs[n], specs[n]) for n in unseen)
     for part in filter(None, parts):
-        allotment = _within(part, allocation, specs, refs, tables)
+        allotment = _within(part, allocation, specs, refs, tables, spare if allocation.scope == "model" else 0.0)
         found.append(allotment)
         choices = torch.split(allotment.choice, [len(tables[name]) for name in part])
         for name, choice in zip(part, choices, strict=True):
@@ -221,7 +226,7 @@ def check_budget(job: Job, assignment: Assignment) -> None:
     for part in [names] if how.scope == "model" else [[name] for name in names]:
         pairs = [(assignment.refs[name], assignment.specs[name]) for name in part]
         budget = sum(budget_bits(ref, spec, how) for ref, spec in pairs)
-        least = sum(float(group_bits(ref, spec, how.widths).amin(1).sum()) for ref, spec in pairs)
+        least = sum(min(sizes_of(ref, spec, how.widths)) for ref, spec in pairs)
         if budget < least and pairs:
             weights = sum(ref.shape[0] * ref.shape[1] for ref, _ in pairs)
             raise InputError(
@@ -229,6 +234,11 @@ def check_budget(job: Job, assignment: Assignment) -> None:
                 f"bits a weight cannot be met, the narrowest of the widths {list(how.widths)} take "
                 f"{least / weights:.3f}; raise allocation.average, or allow narrower widths."
             )
+
+
+def sizes_of(ref: MatrixRef, spec: QuantSpec, widths: Sequence[int]) -> list[float]:
+    """Stored bits of a matrix if all its groups had one of the widths, by width."""
+    return [float(BYTE * stored_size(ref, replace(spec, bits=bits, widths=()))) for bits in widths]
 
 
 def promised_bits(job: Job, assignment: Assignment) -> float:
@@ -262,11 +272,12 @@ def _within(
     specs: Mapping[str, QuantSpec],
     refs: Mapping[str, MatrixRef],
     tables: Mapping[str, Tensor],
+    spare: float,
 ) -> Allotment:
     """A choice whose stored bytes, padding and order included, keep to the budget of the matrices of ``part``."""
     cost = torch.cat([group_bits(refs[n], specs[n], allocation.widths) for n in part])
     distortion = torch.cat([tables[n] for n in part])
-    budget = sum(budget_bits(refs[n], specs[n], allocation) for n in part)
+    budget = spare + sum(budget_bits(refs[n], specs[n], allocation) for n in part)
 
     def within(bits: float) -> tuple[Allotment, bool]:
         found = allot(distortion, cost, bits)
@@ -278,6 +289,11 @@ def _within(
         return found, stored <= budget
 
     least = float(cost.amin(1).sum())
+    if budget < sum(min(sizes_of(refs[n], specs[n], allocation.widths)) for n in part):
+        raise InputError(
+            "matrices that too few tokens of the survey reached keep their width, and leave too little of the budget "
+            "for the others; raise allocation.average, or let the survey read more (allocation.sequences)."
+        )
     best, fits = within(budget)
     if fits:
         return best
@@ -294,7 +310,11 @@ def _within(
             high = middle
     if fits:
         return replace(best, bound=bound)
-    raise InputError(
-        f"no plan keeps the stored bytes of {part[0]} within the budget; its groups are small beside what their order "
-        "takes: raise the average, or use larger groups."
-    )
+    # Padding took what was left: each matrix by itself as small as it can be.
+    smallest = []
+    for name in part:
+        sizes = sizes_of(refs[name], specs[name], allocation.widths)
+        smallest.append(torch.full((len(tables[name]),), sizes.index(min(sizes))))
+    choice = torch.cat(smallest)
+    at = torch.arange(len(choice))
+    return Allotment(choice, float(distortion[at, choice].sum()), float(cost[at, choice].sum()), bound, best.price)

@@ -62,7 +62,9 @@ def write_checkpoint(
         tuning = _facts(journal, TUNED)
         report["tuning"] = {key: tuning[key] for key in ("before", "after", "step", "note", "tuned")}
     plan = plan or plan_of_run(source, job, assignment, facts)
-    if plan is not None:
+    if plan is None:
+        (out / PLAN_FILE).unlink(missing_ok=True)
+    else:
         write_json(out / PLAN_FILE, plan.to_dict())
         report["allocation"] = {"policy": plan.policy, **plan.summary, "sha256": plan.sha256()}
     write_json(out / REPORT, report)

@@ -103,14 +103,13 @@ def survey(
     source.load_outer(device)
     captured = capture(source.skeleton, source.map.blocks_path, rows)
     states = [captured.hidden]
-    for k in range(source.map.n_blocks):
-        runner = _runner(source, k, captured.calls, options)
-        stream = Stream(folder=None if options.folder is None else options.folder / f"block-{k}")
-        for i, x in enumerate(states[-1]):
-            stream.append(runner.forward(x, i))
-        states.append(stream)
-        source.release_block(k)
     try:
+        for k in range(source.map.n_blocks):
+            runner = _runner(source, k, captured.calls, options)
+            states.append(Stream(folder=None if options.folder is None else options.folder / f"block-{k}"))
+            for i, x in enumerate(states[-2]):
+                states[-1].append(runner.forward(x, i))
+            source.release_block(k)
         flow = _flow(source, rows, states.pop(), options)
         source.release_outer()
         tokens = sum(row.numel() for row in rows)

@@ -124,6 +124,9 @@ class Tuning:
     def _learn(self) -> Entry:
         with torch.no_grad():
             student, teacher = self._prepare()
+        still = sum(len(part.fixed) for part in student.parts)
+        if still:
+            self._tell(f"tuning leaves the scales of {still} matrices: offsets, or widths that differ", kind="note")
         train, held = _share(len(self.batches))
         adam = AdamW()
         begun = self._resumed(student, adam)

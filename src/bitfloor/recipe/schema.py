@@ -172,6 +172,14 @@ class AllocationPart(_Part):
         default=None, description="null, or a file made by bitfloor allocate"
     )
 
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> AllocationPart:
+        foreign = ("average", "widths", "scope") if self.policy == "sba" else ("uniform", "ranges", "positional")
+        for key in foreign:
+            if self.plan is None and getattr(self, key) != type(self).model_fields[key].default:
+                raise PydanticCustomError("rule", f"sets {key}, which policy {self.policy} does not read; leave it out")
+        return self
+
 
 class TunePart(_Part):
     """A last stage that learns scales and norms of the whole quantized model; ``tune: null`` leaves it out."""

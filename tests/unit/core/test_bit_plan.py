@@ -56,6 +56,8 @@ def test_its_hash_is_that_of_what_a_replay_takes_from_it() -> None:
         ({"widths": 3}, "not a complete bit plan"),
         ({"group_size": 0}, "in groups of 0"),
         ({"shape": [8]}, "must be whole numbers"),
+        ({"why": None}, "why must be a mapping"),
+        ({"summary": None}, "summary must be a mapping"),
         ({"bitfloor_plan": 2}, "version 2, and this bitfloor reads version 1"),
         ({"matrices": []}, "not a complete bit plan"),
     ],

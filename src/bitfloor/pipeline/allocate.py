@@ -52,7 +52,7 @@ def planned_widths(
         InputError: a plan that does not fit, or a budget that cannot be met.
     """
     plan = job.plan
-    if plan is None and job.allocation is not None and job.allocation.policy == "budget":
+    if job.searches == "budget":
         facts = journal.facts(PLAN)
         if facts is None:
             options.progress(Event("stage", blocks=source.map.n_blocks, message="surveying the float model"))

@@ -131,7 +131,7 @@ def distortions(weight: Tensor, stakes: Stakes, spec: QuantSpec, widths: Sequenc
     return torch.stack(found, 1)
 
 
-def group_bits(ref: MatrixRef, spec: QuantSpec, widths: Sequence[float]) -> Tensor:
+def group_costs(ref: MatrixRef, spec: QuantSpec, widths: Sequence[float]) -> Tensor:
     """``c [G, B]`` float64: stored bits of every group at every width; a fractional width is interpolated."""
     rows, columns = ref.shape
     size = spec.columns_per_group(columns)
@@ -275,7 +275,7 @@ def _within(
     spare: float,
 ) -> Allotment:
     """A choice whose stored bytes, padding and order included, keep to the budget of the matrices of ``part``."""
-    cost = torch.cat([group_bits(refs[n], specs[n], allocation.widths) for n in part])
+    cost = torch.cat([group_costs(refs[n], specs[n], allocation.widths) for n in part])
     distortion = torch.cat([tables[n] for n in part])
     budget = spare + sum(budget_bits(refs[n], specs[n], allocation) for n in part)
 

@@ -308,8 +308,18 @@ def _allocation(recipe: Recipe) -> Allocation | None:
     if part is None:
         return None
     importance = float(recipe.method.options.get("importance", SbaConfig.importance))
+    tables = tuple(sorted(set(part.tables or ())))
     search = SbaConfig(part.uniform, part.ranges, importance, part.positional)
-    return Allocation(part.policy, part.average, tuple(sorted(set(part.widths))), part.scope, part.sequences, search)
+    return Allocation(
+        part.policy,
+        part.average,
+        tuple(sorted(set(part.widths))),
+        part.scope,
+        part.sequences,
+        search,
+        tables,
+        part.sort,
+    )
 
 
 def _settled(recipe: Recipe, device: str) -> Recipe:

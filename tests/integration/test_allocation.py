@@ -19,13 +19,15 @@ from bitfloor.core.affine import decode
 from bitfloor.core.bit_plan import read_plan
 from bitfloor.core.errors import InputError
 from bitfloor.core.spec import MatrixRef, QuantSpec
-from bitfloor.methods.gptq import Shown, solve
+from bitfloor.methods.gptq import Gptq, Shown, solve
 from bitfloor.methods.options import GptqConfig
 from bitfloor.modeling.loader import open_source
-from bitfloor.pipeline.budget import choose, distortions
+from bitfloor.pipeline.budget import distortions
+from bitfloor.pipeline.choice import Item, budget_bits, choose
 from bitfloor.pipeline.events import Event
-from bitfloor.pipeline.job import Allocation
+from bitfloor.pipeline.job import Allocation, Job, assign
 from bitfloor.pipeline.survey import Stakes, SurveyOptions, survey
+from bitfloor.pipeline.survey_ends import Ends, rounded
 
 IDS = torch.tensor([[1, 5, 9, 20, 31]])
 SBA = {"policy": "sba"}
@@ -42,6 +44,16 @@ def mixed(small: dict[str, Any], allocation: dict[str, Any], method: dict[str, A
     recipe = {**small, "method": method, "allocation": allocation}
     recipe["spec"] = {"bits": 2, "group_size": 8, **spec}
     return recipe
+
+
+def items_of(
+    specs: Mapping[str, QuantSpec],
+    refs: Mapping[str, MatrixRef],
+    tables: Mapping[str, torch.Tensor],
+    average: float,
+    widths: tuple[int, ...] = (1, 2, 3, 4, 5),
+) -> dict[str, Item]:
+    return {n: Item(refs[n], s, widths, tables[n].double(), budget_bits(refs[n], s, average)) for n, s in specs.items()}
 
 
 def plan_of(folder: Path) -> dict[str, Any]:
@@ -231,12 +243,59 @@ def test_what_keeps_its_width_pays_from_the_common_budget() -> None:
     specs = dict.fromkeys(refs, QuantSpec(4, 32))
     falling = torch.tensor([[16.0, 4.0, 1.0, 0.25, 0.06]]).repeat(4, 1)
     tables = {"a": falling, "b": 3.0 * falling, "c": torch.full((4, 5), torch.nan)}
-    plan = choose("m", Allocation("budget", average=3.5), specs, refs, tables)
+    plan = choose("m", Allocation("budget", average=3.5), items_of(specs, refs, tables, 3.5))
     assert set(plan.matrices["c"].widths) == {4} and "note" in plan.matrices["c"].why
     assert plan.summary["bits_per_weight"] <= plan.summary["budget_bits_per_weight"]
     assert sum(plan.matrices["b"].widths) > sum(plan.matrices["a"].widths)
     with pytest.raises(InputError, match="too little of the budget"):
-        choose("m", Allocation("budget", average=1.7), specs, refs, tables)
+        choose("m", Allocation("budget", average=1.7), items_of(specs, refs, tables, 1.7))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_embedding_and_head_may_share_the_budget(name: str, pico: Any, small: dict[str, Any], tmp_path: Path) -> None:
+    """A file is no larger than without; where their bits are worth more in the blocks, they go there."""
+    part = BUDGET | {"average": 2, "tables": [2, 3, 4, 8]}
+    recipe = mixed(small, part, METHODS[0]) | {"embedding": {"bits": 8, "group_size": 8}}
+    uniform = api.quantize(pico(name), tmp_path / "uniform", recipe | {"allocation": None})
+    report = api.quantize(pico(name), tmp_path / "out", recipe)
+    assert report["bytes"]["total"] <= uniform["bytes"]["total"]
+    assert report["bytes"]["embeddings"] < uniform["bytes"]["embeddings"]
+    assert report["bytes"]["linears"] > uniform["bytes"]["linears"]
+    planned = api.plan(pico(name), recipe)
+    assert report["bytes"]["total"] <= planned["bytes"]["total"]
+    again = recipe | {"allocation": {"plan": str(tmp_path / "out" / "plan.json")}}
+    api.quantize(pico(name), tmp_path / "again", again)
+    assert tensors(tmp_path / "again") == tensors(tmp_path / "out")
+    plan = plan_of(tmp_path / "out")
+    table = next(n for n, matrix in plan["matrices"].items() if "widths" in matrix["why"])
+    plan["matrices"][table]["widths"][0] = 5
+    (tmp_path / "edited.json").write_text(json.dumps(plan), encoding="utf-8")
+    with pytest.raises(InputError, match="a table has one"):
+        api.quantize(pico(name), tmp_path / "other", recipe | {"allocation": {"plan": str(tmp_path / "edited.json")}})
+
+
+def test_what_a_table_loses_is_foretold(trained: Path, texts: Any) -> None:
+    """The tied table of a trained model: the forecast is the divergence that rounding it makes, within half."""
+    source = open_source(trained)
+    job = Job(Gptq(GptqConfig()), lambda _: (None, "kept"), QuantSpec(8, 32), QuantSpec(8, 32))
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    text = Path(texts.calibration.partition(":")[0]).read_text("utf-8")
+    ids = torch.tensor(tokenizer(text)["input_ids"][: 16 * 128]).view(16, 128)
+    model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32).eval()
+    looking = SurveyOptions()
+    ends = Ends(source, assign(source.map, job), (2, 3, 4, 6), looking)
+    survey(source, [ids], {}, lambda *_: None, looking, ends)
+    (item,) = ends.items().values()
+    with torch.no_grad():
+        base = model(ids).logits.log_softmax(-1)
+        table = model.get_input_embeddings().weight.data
+        kept = table.clone()
+        for bits, foretold in zip(item.widths, item.losses[0].tolist(), strict=True):
+            table.copy_(rounded(kept, QuantSpec(8, 32), bits))
+            logs = model(ids).logits.log_softmax(-1)
+            actual = float((base.exp() * (base - logs)).sum(-1).mean())
+            assert 0.5 < foretold / actual < 2.0, (bits, foretold, actual)
+        table.copy_(kept)
 
 
 def test_a_survey_that_fails_leaves_nothing_behind(trained: Path, tmp_path: Path) -> None:
@@ -279,5 +338,5 @@ def test_where_padding_takes_the_rest_every_matrix_is_as_small_as_it_can_be() ->
     ref, spec = MatrixRef("a", "a", (16, 48), 0, "linear"), QuantSpec(2, 16, True)
     tables = {"a": torch.tensor([[4.0, 1.0, 0.3, 0.1]]).repeat(3, 1)}
     how = Allocation("budget", average=1.8, widths=(1, 2, 3, 8))
-    plan = choose("m", how, {"a": spec}, {"a": ref}, tables)
+    plan = choose("m", how, items_of({"a": spec}, {"a": ref}, tables, 1.8, how.widths))
     assert plan.summary["bits_per_weight"] <= plan.summary["budget_bits_per_weight"]

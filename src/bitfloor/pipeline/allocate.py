@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bitfloor.core.bit_plan import BitPlan, MatrixPlan, parse_plan
+from bitfloor.core.errors import InputError
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.budget import plan_by_budget
 from bitfloor.pipeline.events import Event
@@ -21,13 +22,18 @@ SURVEY = "survey"  # folder in the journal, for what enters each block
 
 
 def with_plan(source: SourceModel, assignment: Assignment, plan: BitPlan) -> Assignment:
-    """The assignment with a plan's widths for the matrices of the blocks.
+    """The assignment with a plan's widths for the matrices of the blocks, and for embedding and head if it has them.
 
     Raises:
         InputError: the plan does not fit the model or the recipe.
     """
-    inner = {name: spec for name, spec in assignment.specs.items() if assignment.refs[name].block >= 0}
-    mixed = plan.apply(inner, assignment.refs, source.fingerprint)
+    planned = {n: spec for n, spec in assignment.specs.items() if assignment.refs[n].block >= 0 or n in plan.matrices}
+    mixed = plan.apply(planned, assignment.refs, source.fingerprint)
+    for name, spec in mixed.items():
+        if assignment.refs[name].block < 0:
+            if len(set(spec.widths)) > 1:
+                raise InputError(f"the plan gives the groups of {name} several widths; a table has one.")
+            mixed[name] = replace(spec, bits=spec.widths[0], widths=())
     return replace(assignment, specs={name: mixed.get(name, spec) for name, spec in assignment.specs.items()})
 
 

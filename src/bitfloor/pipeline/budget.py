@@ -8,10 +8,8 @@
 | ``c[k, b]`` | stored bits of the group: codes, scales, zero-points or offsets, padding |
 
 GPTQ's scaled errors split the error of the output among columns exactly, ``(D H D^T)_ii = sum_j e_ij^2``, each with
-what the columns behind it have made up for.
-
-The budget is what uniform storage of the mean width takes, so a plan never needs more bytes than the model it is
-measured against. The order in which groups are stored is paid for from it too.
+what the columns behind it have made up for. What embedding and head would lose is measured instead
+(:mod:`bitfloor.pipeline.survey_ends`), in the same unit.
 """
 
 from __future__ import annotations
@@ -25,25 +23,22 @@ from torch import Tensor
 
 from bitfloor.calib.block import BlockRunner
 from bitfloor.core.affine import Grid
-from bitfloor.core.bit_plan import BitPlan, MatrixPlan
-from bitfloor.core.bitpack import row_blocks
+from bitfloor.core.bit_plan import BitPlan
 from bitfloor.core.errors import InputError
 from bitfloor.core.rotation import rotate
-from bitfloor.core.spec import BITS, MatrixRef, QuantSpec
+from bitfloor.core.spec import MatrixRef, QuantSpec
 from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL
 from bitfloor.methods.options import GptqConfig
 from bitfloor.modeling.loader import SourceModel
-from bitfloor.pipeline.job import Allocation, Assignment, Job
+from bitfloor.pipeline.choice import BYTE, Item, budget_bits, choose, uniform_sizes
+from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.layouts import stored_size
 from bitfloor.pipeline.run import RunOptions
 from bitfloor.pipeline.survey import Stakes, SurveyOptions, survey
-from bitfloor.solvers.budget import Allotment, allot
+from bitfloor.pipeline.survey_ends import Ends
 from bitfloor.solvers.gptq import GridSearch, factorise, gptq
 from bitfloor.solvers.ranges import search_grid, tempered
 from bitfloor.solvers.slim_bits import candidates
-
-BYTE = 8
-HALVINGS = 24
 
 
 def plan_by_budget(
@@ -63,22 +58,27 @@ def plan_by_budget(
         InputError: a budget that cannot be met.
         BitfloorError: gradients that are not finite.
     """
-    assert job.allocation is not None
+    how = job.allocation
+    assert how is not None
     specs = {name: spec for name, spec in assignment.specs.items() if assignment.refs[name].block >= 0}
     tables: dict[str, Tensor] = {}
-    widths = job.allocation.widths
-
-    how = search_of(job)
+    search = search_of(job)
 
     def visit(runner: BlockRunner, stakes: Mapping[str, Stakes]) -> None:
         for name, own in stakes.items():
-            tables[name] = distortions(runner.weight(name), own, specs[name], widths, how)
+            tables[name] = distortions(runner.weight(name), own, specs[name], how.widths, search)
 
     looking = SurveyOptions(job.products, options.device, int(job.recipe.get("seed", 0)), folder)
     rotations = {name: spec.rotation for name, spec in specs.items()}
-    survey(source, few(batches, job.allocation.sequences), rotations, visit, looking)
-    tables = {name: tables[name].cpu() for name in specs}
-    return choose(source.fingerprint, job.allocation, specs, assignment.refs, tables)
+    ends = Ends(source, assignment, how.tables, looking) if how.tables else None
+    survey(source, few(batches, how.sequences), rotations, visit, looking, ends)
+    items = {}
+    for name, spec in specs.items():
+        ref = assignment.refs[name]
+        items[name] = Item(ref, spec, how.widths, tables[name].cpu(), budget_bits(ref, spec, how.average))
+    if ends is not None:
+        items.update(ends.items())
+    return choose(source.fingerprint, how, items)
 
 
 def few(batches: Sequence[Tensor], sequences: int | None) -> list[Tensor]:
@@ -131,88 +131,6 @@ def distortions(weight: Tensor, stakes: Stakes, spec: QuantSpec, widths: Sequenc
     return torch.stack(found, 1)
 
 
-def group_costs(ref: MatrixRef, spec: QuantSpec, widths: Sequence[float]) -> Tensor:
-    """``c [G, B]`` float64: stored bits of every group at every width; a fractional width is interpolated."""
-    rows, columns = ref.shape
-    size = spec.columns_per_group(columns)
-    padded = 16 * row_blocks(rows)
-    taken = torch.tensor([min(size, columns - at) for at in range(0, columns, size)], dtype=torch.float64)
-    side = torch.tensor([16.0 + (16.0 if w == 1 else 0.0 if spec.symmetric else w) for w in widths])
-    return padded * (taken.unsqueeze(1) * torch.tensor(widths, dtype=torch.float64) + side)
-
-
-def choose(
-    model: str,
-    allocation: Allocation,
-    specs: Mapping[str, QuantSpec],
-    refs: Mapping[str, MatrixRef],
-    tables: Mapping[str, Tensor],
-) -> BitPlan:
-    """Widths of all groups within the budget.
-
-    Args:
-        model: fingerprint.
-        allocation: how.
-        specs: storage of the matrices, widths aside.
-        refs: the matrices.
-        tables: ``d [G, B]`` by name.
-
-    Raises:
-        InputError: a budget that cannot be met.
-    """
-    unseen = [name for name in specs if bool(tables[name].isnan().any())]
-    names = [name for name in specs if name not in unseen]
-    parts = [names] if allocation.scope == "model" else [[name] for name in names]
-    widths = {name: specs[name].group_widths(refs[name].shape[1]) for name in unseen}
-    found: list[Allotment] = []
-    # Those that keep their width pay for it from the common budget.
-    spare = sum(budget_bits(refs[n], specs[n], allocation) - BYTE * stored_size(refs[n], specs[n]) for n in unseen)
-    for part in filter(None, parts):
-        allotment = _within(part, allocation, specs, refs, tables, spare if allocation.scope == "model" else 0.0)
-        found.append(allotment)
-        choices = torch.split(allotment.choice, [len(tables[name]) for name in part])
-        for name, choice in zip(part, choices, strict=True):
-            widths[name] = tuple(allocation.widths[i] for i in choice.tolist())
-    stored = BYTE * sum(stored_size(refs[n], replace(specs[n], widths=widths[n])) for n in specs)
-    weights = sum(refs[n].shape[0] * refs[n].shape[1] for n in specs)
-    total = sum(allotment.distortion for allotment in found)
-    bound = sum(allotment.bound for allotment in found)
-    summary = {
-        "bits_per_weight": stored / weights,
-        "budget_bits_per_weight": sum(budget_bits(refs[n], specs[n], allocation) for n in specs) / weights,
-        "distortion": total,
-        "bound": bound,
-        "gap": max(0.0, 1.0 - bound / total) if total > 0 else 0.0,
-    }
-    if allocation.scope == "model" and found:
-        summary["price"] = found[0].price
-    note = {"note": "too few tokens of the survey entered it; all groups keep its width"}
-    matrices = {
-        name: MatrixPlan(
-            refs[name].shape,
-            specs[name].columns_per_group(refs[name].shape[1]),
-            specs[name].rotation,
-            widths[name],
-            note
-            if name in unseen
-            else {"distortion": [[float(f"{value:.6g}") for value in row] for row in tables[name].tolist()]},
-        )
-        for name in specs
-    }
-    settings = {"average": allocation.average, "widths": list(allocation.widths), "scope": allocation.scope}
-    return BitPlan(model, allocation.policy, matrices, settings, summary)
-
-
-def budget_bits(ref: MatrixRef, spec: QuantSpec, allocation: Allocation) -> float:
-    """What uniform storage of the mean width takes for one matrix, in bits; between two widths in proportion."""
-    average = spec.bits if allocation.average is None else allocation.average
-    low = max(bits for bits in BITS if bits <= average)
-    high = min(bits for bits in BITS if bits >= average)
-    share = (average - low) / (high - low) if high > low else 0.0
-    sizes = [BYTE * stored_size(ref, replace(spec, bits=bits, widths=())) for bits in (low, high)]
-    return (1.0 - share) * sizes[0] + share * sizes[1]
-
-
 def check_budget(job: Job, assignment: Assignment) -> None:
     """Refuse a budget that the narrowest widths exceed, before anything is read.
 
@@ -225,8 +143,11 @@ def check_budget(job: Job, assignment: Assignment) -> None:
     names = [name for name in assignment.specs if assignment.refs[name].block >= 0]
     for part in [names] if how.scope == "model" else [[name] for name in names]:
         pairs = [(assignment.refs[name], assignment.specs[name]) for name in part]
-        budget = sum(budget_bits(ref, spec, how) for ref, spec in pairs)
-        least = sum(min(sizes_of(ref, spec, how.widths)) for ref, spec in pairs)
+        budget = sum(budget_bits(ref, spec, how.average) for ref, spec in pairs)
+        least = sum(min(uniform_sizes(ref, spec, how.widths)) for ref, spec in pairs)
+        for ref, spec in tables_of(job, assignment):
+            budget += budget_bits(ref, spec, None)
+            least += min(uniform_sizes(ref, spec, how.tables))
         if budget < least and pairs:
             weights = sum(ref.shape[0] * ref.shape[1] for ref, _ in pairs)
             raise InputError(
@@ -236,19 +157,25 @@ def check_budget(job: Job, assignment: Assignment) -> None:
             )
 
 
-def sizes_of(ref: MatrixRef, spec: QuantSpec, widths: Sequence[int]) -> list[float]:
-    """Stored bits of a matrix if all its groups had one of the widths, by width."""
-    return [float(BYTE * stored_size(ref, replace(spec, bits=bits, widths=()))) for bits in widths]
+def tables_of(job: Job, assignment: Assignment) -> list[tuple[MatrixRef, QuantSpec]]:
+    """Embedding and head, as far as they are quantized and share the budget."""
+    if job.allocation is None or not job.allocation.tables:
+        return []
+    return [(assignment.refs[n], spec) for n, spec in assignment.specs.items() if assignment.refs[n].block < 0]
 
 
 def promised_bits(job: Job, assignment: Assignment) -> float:
-    """Bits that the matrices of the blocks will take at most, where widths are still to be found."""
+    """Bits that the matrices of the blocks will take at most, where widths are still to be found.
+
+    Where embedding and head share the budget, it is all of them together that keep to it.
+    """
     assert job.allocation is not None
     total = 0.0
     for name, spec in assignment.specs.items():
         ref = assignment.refs[name]
         if ref.block >= 0:
-            total += budget_bits(ref, spec, job.allocation) if job.searches == "budget" else most_by_sba(ref, spec)
+            by_budget = job.searches == "budget"
+            total += budget_bits(ref, spec, job.allocation.average) if by_budget else most_by_sba(ref, spec)
     return total
 
 
@@ -264,57 +191,3 @@ def most_by_sba(ref: MatrixRef, spec: QuantSpec) -> float:
         order_bytes = max(0, groups * (1 if groups <= 256 else 2)) if p else 0
         found.append(BYTE * (max(sizes) + order_bytes))
     return float(max(found))
-
-
-def _within(
-    part: Sequence[str],
-    allocation: Allocation,
-    specs: Mapping[str, QuantSpec],
-    refs: Mapping[str, MatrixRef],
-    tables: Mapping[str, Tensor],
-    spare: float,
-) -> Allotment:
-    """A choice whose stored bytes, padding and order included, keep to the budget of the matrices of ``part``."""
-    cost = torch.cat([group_costs(refs[n], specs[n], allocation.widths) for n in part])
-    distortion = torch.cat([tables[n] for n in part])
-    budget = spare + sum(budget_bits(refs[n], specs[n], allocation) for n in part)
-
-    def within(bits: float) -> tuple[Allotment, bool]:
-        found = allot(distortion, cost, bits)
-        choices = torch.split(found.choice, [len(tables[n]) for n in part])
-        stored = sum(
-            BYTE * stored_size(refs[n], replace(specs[n], widths=tuple(allocation.widths[i] for i in c.tolist())))
-            for n, c in zip(part, choices, strict=True)
-        )
-        return found, stored <= budget
-
-    least = float(cost.amin(1).sum())
-    if budget < sum(min(sizes_of(refs[n], specs[n], allocation.widths)) for n in part):
-        raise InputError(
-            "matrices that too few tokens of the survey reached keep their width, and leave too little of the budget "
-            "for the others; raise allocation.average, or let the survey read more (allocation.sequences)."
-        )
-    best, fits = within(budget)
-    if fits:
-        return best
-    bound = best.bound
-    # Padding and the order of groups are not in the costs: what they take is found by halving.
-    best, fits = within(least)
-    low, high = least, budget
-    for _ in range(HALVINGS):
-        middle = 0.5 * (low + high)
-        found, small = within(middle)
-        if small:
-            best, fits, low = found, True, middle
-        else:
-            high = middle
-    if fits:
-        return replace(best, bound=bound)
-    # Padding took what was left: each matrix by itself as small as it can be.
-    smallest = []
-    for name in part:
-        sizes = sizes_of(refs[name], specs[name], allocation.widths)
-        smallest.append(torch.full((len(tables[name]),), sizes.index(min(sizes))))
-    choice = torch.cat(smallest)
-    at = torch.arange(len(choice))
-    return Allotment(choice, float(distortion[at, choice].sum()), float(cost[at, choice].sum()), bound, best.price)

@@ -30,6 +30,9 @@ class Allocation:
         scope: ``"model"`` has one budget, ``"matrix"`` one for each matrix (``"budget"``).
         sequences: of the calibration text that are looked at, None for all.
         search: of ``"sba"``.
+        tables: widths to choose from for embedding and head, which then share the budget; none where they keep theirs
+            (``"budget"``).
+        sort: order input channels by their second moment before they are cut into groups.
     """
 
     policy: str
@@ -38,6 +41,8 @@ class Allocation:
     scope: str = "model"
     sequences: int | None = None
     search: SbaConfig = field(default_factory=SbaConfig)
+    tables: tuple[int, ...] = ()
+    sort: bool = False
 
     def batches(self, inputs: Batches) -> int | None:
         """Batches that hold the sequences that are looked at, None for all."""
@@ -183,7 +188,7 @@ def _check_tuned_head(model: ModelShape, job: Job) -> None:
         raise InputError("tune.head needs a head, and this model has none; leave it out.")
     if job.head is None:
         raise InputError(
-            "tune.head needs a quantized head, and head.bits leaves it at 16; use 8 or 4, or leave it out."
+            "tune.head needs a quantized head, and head.bits leaves it at 16; use 8 or less, or leave it out."
         )
 
 

@@ -295,6 +295,19 @@ def _giving(blocks: Sequence[torch.nn.Module], output: Any) -> Iterator[None]:
             block.__dict__.pop("forward", None)
 
 
+@contextmanager
+def poured(source: SourceModel, tables: Mapping[str, Tensor]) -> Iterator[None]:
+    """Parameters of the skeleton with other contents."""
+    before = {name: source.skeleton.get_parameter(name).data for name in tables}
+    try:
+        for name, table in tables.items():
+            source.skeleton.get_parameter(name).data = table
+        yield
+    finally:
+        for name, data in before.items():
+            source.skeleton.get_parameter(name).data = data
+
+
 def _is_norm(name: str, model: torch.nn.Module) -> bool:
     owner = model.get_submodule(name.rpartition(".")[0])
     return name.endswith(".weight") and "norm" in type(owner).__name__.lower() and model.get_parameter(name).dim() == 1

@@ -24,9 +24,10 @@ and its gradients are in memory.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +62,16 @@ class Stakes:
 Visit = Callable[[BlockRunner, Mapping[str, Stakes]], None]
 
 
+class Ends(Protocol):
+    """Whoever looks at what is outside the blocks during a survey."""
+
+    def leaving(self, rows: Sequence[Tensor], hidden: Iterable[Tensor]) -> None:
+        """Token ids ``[1, T]`` of every sequence and what leaves the last block; the outer modules are loaded."""
+
+    def entering(self, rows: Sequence[Tensor], flow: Iterable[Tensor]) -> None:
+        """The same, and the gradient of each sequence's loss with respect to what enters the first block."""
+
+
 @dataclass(frozen=True)
 class SurveyOptions:
     """How a survey is carried out.
@@ -85,6 +96,7 @@ def survey(
     rotations: Mapping[str, int],
     visit: Visit,
     options: SurveyOptions,
+    ends: Ends | None = None,
 ) -> None:
     """Show what is at stake in every block's matrices, last block first.
 
@@ -94,6 +106,7 @@ def survey(
         rotations: by the name of every matrix that is looked at.
         visit: called as ``visit(runner, stakes)`` for every block, with the stakes of its matrices by name.
         options: how.
+        ends: told what leaves the last block, and the gradients of what enters the first.
 
     Raises:
         BitfloorError: a gradient is not finite.
@@ -101,16 +114,21 @@ def survey(
     device = options.device
     rows = [row.unsqueeze(0).to(device) for batch in batches for row in batch]
     source.load_outer(device)
-    captured = capture(source.skeleton, source.map.blocks_path, rows)
-    states = [captured.hidden]
+    states = [_stream(options, "first")]
     try:
+        captured = capture(source.skeleton, source.map.blocks_path, rows, states[0])
         for k in range(source.map.n_blocks):
             runner = _runner(source, k, captured.calls, options)
-            states.append(Stream(folder=None if options.folder is None else options.folder / f"block-{k}"))
+            states.append(_stream(options, f"block-{k}"))
             for i, x in enumerate(states[-2]):
                 states[-1].append(runner.forward(x, i))
             source.release_block(k)
-        flow = _flow(source, rows, states.pop(), options)
+        if ends is not None:
+            ends.leaving(rows, states[-1])
+        last, flow = states.pop(), _stream(options, "flow")
+        states.insert(0, flow)
+        _start_flow(source, rows, last, flow, options)
+        last.close()
         source.release_outer()
         tokens = sum(row.numel() for row in rows)
         for k in reversed(range(source.map.n_blocks)):
@@ -122,6 +140,8 @@ def survey(
             inputs.close()
             source.release_block(k)
             trim_heap()
+        if ends is not None:
+            ends.entering(rows, flow)
     finally:
         for stream in states:
             stream.close()
@@ -134,11 +154,16 @@ def _runner(source: SourceModel, k: int, calls: Sequence[Sequence[Call]], option
     return BlockRunner(module, source.map.block_path(k), source.map.block_matrices(k), calls[k], options.products)
 
 
-def _flow(source: SourceModel, rows: Sequence[Tensor], last: Stream, options: SurveyOptions) -> list[Tensor]:
-    """The gradient of every sequence's loss with respect to what leaves the last block."""
+def _stream(options: SurveyOptions, name: str) -> Stream:
+    return Stream(folder=None if options.folder is None else options.folder / name)
+
+
+def _start_flow(
+    source: SourceModel, rows: Sequence[Tensor], last: Stream, flow: Stream, options: SurveyOptions
+) -> None:
+    """Fill ``flow``: the gradient of every sequence's loss with respect to what leaves the last block."""
     head = Head(source, options.products, as_tuple=gives_tuple(source, rows[0], options.device))
     generator = torch.Generator(options.device).manual_seed(options.seed)
-    found = []
     for ids, hidden in zip(rows, last, strict=True):
         leaf = hidden.to(options.device).requires_grad_()
         with torch.enable_grad():
@@ -146,9 +171,7 @@ def _flow(source: SourceModel, rows: Sequence[Tensor], last: Stream, options: Su
             labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
             torch.autograd.backward(-logs.gather(1, labels).sum())
         assert leaf.grad is not None
-        found.append(leaf.grad)
-    last.close()
-    return found
+        flow.append(leaf.grad)
 
 
 def _inputs(runner: BlockRunner, inputs: Stream, names: Mapping[str, int]) -> dict[str, HessianSum]:
@@ -183,20 +206,22 @@ def _stakes(
 
 
 def _fisher(
-    runner: BlockRunner, inputs: Stream, flow: list[Tensor], rotations: Mapping[str, int], tokens: int
+    runner: BlockRunner, inputs: Stream, flow: Stream, rotations: Mapping[str, int], tokens: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums of ``F`` over columns ``[O]`` and rows ``[I]``; ``flow`` becomes the gradient of what enters, in place."""
     found = {}
     for name in rotations:
         rows, columns = runner.ref(name).shape
-        found[name] = (torch.zeros(rows, device=flow[0].device), torch.zeros(columns, device=flow[0].device))
+        device = runner.weight(name).device
+        found[name] = (torch.zeros(rows, device=device), torch.zeros(columns, device=device))
     weights = {name: runner.weight(name).clone() for name in rotations}
     for i, x in enumerate(inputs):
-        leaf = x.to(flow[i].device).requires_grad_()
+        gradient = flow[i]
+        leaf = x.to(gradient.device).requires_grad_()
         for weight in weights.values():
             weight.requires_grad_().grad = None
         with torch.enable_grad():
-            torch.autograd.backward(runner.forward(leaf, i, weights), flow[i])
+            torch.autograd.backward(runner.forward(leaf, i, weights), gradient)
         for name, weight in weights.items():
             if weight.grad is not None:
                 squares = rotate(weight.grad, rotations[name]).square()

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +34,7 @@ from bitfloor.pipeline.events import Event
 from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.journal import ENDS, STATE, TUNED, Entry, Journal, part_name, tuned_name
 from bitfloor.pipeline.run import RunOptions
-from bitfloor.pipeline.student import Head, Student, Update, gives_tuple
+from bitfloor.pipeline.student import Head, Student, Update, gives_tuple, poured
 from bitfloor.solvers.adamw import AdamW
 
 HELD_OUT = 8  # one batch in so many is not learnt from
@@ -210,7 +209,7 @@ class Tuning:
                 tables[ref.param] = torch.empty_like(source.skeleton.get_parameter(ref.param))
                 decode_table(entry, ref.name, tables[ref.param])
         inputs = self._stream("tuned")
-        with _poured(source, tables if embedding is not None else {}):
+        with poured(source, tables if embedding is not None else {}):
             again = capture(source.skeleton, path, batches, inputs)
         if embedding is not None and not self.assignment.tied:
             tables.pop(embedding.param, None)  # what enters the first block is known now
@@ -252,19 +251,6 @@ class Tuning:
     def _tell(self, message: str, kind: str = "stage") -> None:
         seconds = time.monotonic() - self._began
         self.options.progress(Event(kind, blocks=self.source.map.n_blocks, seconds=seconds, message=message))
-
-
-@contextmanager
-def _poured(source: SourceModel, tables: Mapping[str, Tensor]) -> Iterator[None]:
-    """Parameters of the skeleton with other contents."""
-    before = {name: source.skeleton.get_parameter(name).data for name in tables}
-    try:
-        for name, table in tables.items():
-            source.skeleton.get_parameter(name).data = table
-        yield
-    finally:
-        for name, data in before.items():
-            source.skeleton.get_parameter(name).data = data
 
 
 def _mover(adam: AdamW, rate: float, t: int) -> Update:

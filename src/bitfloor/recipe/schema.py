@@ -21,6 +21,7 @@ from bitfloor.core.errors import InputError
 from bitfloor.core.spec import BITS, ROTATIONS, QuantSpec, is_rotation
 
 WHOLE_ROW = -1
+TABLE_BITS = tuple(bits for bits in BITS if bits > 1)  # of embedding and head
 
 
 def _width(value: Any) -> Any:
@@ -42,7 +43,13 @@ def _rotation(value: Any) -> Any:
 
 
 def _plain_width(value: Any) -> Any:
-    if type(value) is not int or value not in (16, 8, 4):
+    if type(value) is not int or value not in (16, *TABLE_BITS):
+        raise PydanticCustomError("width", "no such width")
+    return value
+
+
+def _table_width(value: Any) -> Any:
+    if type(value) is not int or value not in TABLE_BITS:
         raise PydanticCustomError("width", "no such width")
     return value
 
@@ -52,10 +59,12 @@ def _as_tuple(value: Any) -> Any:
 
 
 WIDTHS = f"one of {', '.join(map(str, BITS))}"
+TABLES = f"or {', '.join(map(str, reversed(TABLE_BITS)))}"
 GROUPS = "a positive number of columns, or -1 for whole rows"
 Width = Annotated[int, BeforeValidator(_width)]
 GroupSize = Annotated[int, BeforeValidator(_group)]
 Rotation = Annotated[int, BeforeValidator(_rotation)]
+TableWidth = Annotated[int, BeforeValidator(_table_width)]
 PlainWidth = Annotated[int, BeforeValidator(_plain_width)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -127,14 +136,16 @@ class LayerRule(_Part):
 class EmbeddingPart(_Part):
     """Storage of the input embedding; groups run along the hidden size."""
 
-    bits: PlainWidth = Field(default=8, description="16 (left as it is), 8 or 4")
+    bits: PlainWidth = Field(default=8, description=f"16 (left as it is), {TABLES}")
     group_size: GroupSize = Field(default=64, description=GROUPS)
 
 
 class HeadPart(_Part):
     """Storage of the output head; ``bits: null`` means like the embedding, the only choice when the two are tied."""
 
-    bits: PlainWidth | None = Field(default=None, description="null (like the embedding), 16 (left as it is), 8 or 4")
+    bits: PlainWidth | None = Field(
+        default=None, description=f"null (like the embedding), 16 (left as it is), {TABLES}"
+    )
     group_size: GroupSize = Field(default=64, description=GROUPS)
 
 
@@ -164,6 +175,12 @@ class AllocationPart(_Part):
         default=(1, 2, 3, 4, 5), description=f"a list of widths (policy budget), each {WIDTHS}"
     )
     scope: Literal["model", "matrix"] = Field(default="model", description="model or matrix (policy budget)")
+    tables: Annotated[tuple[TableWidth, ...], BeforeValidator(_as_tuple), Field(min_length=1)] | None = Field(
+        default=None,
+        description="null (embedding and head keep theirs), or a list of widths for them, each one of "
+        f"{', '.join(map(str, TABLE_BITS))} (policy budget)",
+    )
+    sort: bool = Field(default=False, description="true or false")
     sequences: Count | None = Field(default=None, description="null (all), or a positive number of sequences")
     uniform: bool = Field(default=False, description="true or false (policy sba)")
     ranges: Literal["minmax", "search"] = Field(default="minmax", description="minmax or search (policy sba)")
@@ -174,10 +191,14 @@ class AllocationPart(_Part):
 
     @model_validator(mode="after")
     def _says_nothing_in_vain(self) -> AllocationPart:
-        foreign = ("average", "widths", "scope") if self.policy == "sba" else ("uniform", "ranges", "positional")
+        foreign = (
+            ("average", "widths", "scope", "tables") if self.policy == "sba" else ("uniform", "ranges", "positional")
+        )
         for key in foreign:
             if self.plan is None and getattr(self, key) != type(self).model_fields[key].default:
                 raise PydanticCustomError("rule", f"sets {key}, which policy {self.policy} does not read; leave it out")
+        if self.tables and self.scope == "matrix":
+            raise PydanticCustomError("rule", "sets tables, which need a budget of the whole model; use scope: model")
         return self
 
 
@@ -262,6 +283,10 @@ class Recipe(_Part):
         for rule in found["layers"]:
             if rule["rotation"] is None:  # 0 says that the default's rotation is not wanted
                 del rule["rotation"]
+        if self.allocation is not None:
+            for key in ("tables", "sort"):
+                if not getattr(self.allocation, key):
+                    del found["allocation"][key]
         if self.tune is not None and not self.tune.head:
             del found["tune"]["head"]
         return found

@@ -1,0 +1,130 @@
+"""What embedding and head would lose at each width, measured while the float model is surveyed.
+
+| symbol | meaning |
+| --- | --- |
+| ``h_t`` | what leaves the last block at token ``t`` |
+| ``W, W_b [V, D]`` | the table, and what round-to-nearest at ``b`` bits leaves of it |
+| ``D_t`` | how far what enters the first block moves if the embedding is ``W_b`` |
+| ``g_t`` | gradient of the sequence's loss with respect to that |
+
+Of a head the loss is what happens, ``mean_t KL(softmax(W h_t) || softmax(W_b h_t))``. Of an embedding it is the second
+order, the labels being the model's own: ``sum_s sum_v (sum_{t in s, token v} g_t D_t)^2 / (2 T)``; the errors of one
+row of the table come together, those of different rows do not. Both are nats a token, as the groups' distortions are. A
+table that is both loses both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bitfloor.calib.capture import capture
+from bitfloor.core.affine import decode, encode
+from bitfloor.core.spec import QuantSpec
+from bitfloor.modeling.loader import SourceModel
+from bitfloor.pipeline.choice import Item, budget_bits
+from bitfloor.pipeline.ends import ROWS
+from bitfloor.pipeline.job import Assignment
+from bitfloor.pipeline.student import Head, gives_tuple, poured
+from bitfloor.pipeline.survey import SurveyOptions
+from bitfloor.solvers.ranges import search_grid
+
+TOKENS = 4096  # on which a head is judged
+
+
+class Ends:
+    """Embedding and head in a survey.
+
+    Args:
+        source: the float model.
+        assignment: the storage of every matrix.
+        widths: to choose from, rising.
+        options: of the survey.
+    """
+
+    def __init__(
+        self, source: SourceModel, assignment: Assignment, widths: Sequence[int], options: SurveyOptions
+    ) -> None:
+        self.source, self.widths, self.options = source, tuple(widths), options
+        self.refs = {name: ref for name, ref in assignment.refs.items() if ref.block < 0}
+        self.specs = {name: assignment.specs[name] for name in self.refs if name in assignment.specs}
+        self.tied = assignment.tied
+        self.losses = {name: torch.zeros(len(self.widths), dtype=torch.float64) for name in self.specs}
+
+    def items(self) -> dict[str, Item]:
+        """The tables as parts of a budget; each has one width."""
+        found = {}
+        for name, spec in self.specs.items():
+            ref = self.refs[name]
+            losses = self.losses[name].cummin(0).values.unsqueeze(0)
+            found[name] = Item(ref, spec, self.widths, losses, budget_bits(ref, spec, None), {"widths": self.widths})
+        return found
+
+    @torch.no_grad()
+    def leaving(self, rows: Sequence[Tensor], hidden: Iterable[Tensor]) -> None:
+        """See :class:`bitfloor.pipeline.survey.Ends`."""
+        name = self._named("embedding" if self.tied else "head")
+        if name is None:
+            return
+        head_param = self.refs[name].param
+        kept: list[tuple[Tensor, Tensor]] = []
+        for ids, state in zip(rows, hidden, strict=True):
+            if sum(own.numel() for own, _ in kept) >= TOKENS:
+                break
+            kept.append((ids, state.to(self.options.device)))
+        tokens = sum(ids.numel() for ids, _ in kept)
+        head = Head(self.source, self.options.products, as_tuple=gives_tuple(self.source, rows[0], self.options.device))
+        table = self.source.skeleton.get_parameter(head_param).detach()
+        for at, bits in enumerate(self.widths):
+            rough = torch.empty_like(table)
+            for start in range(0, len(table), ROWS):
+                rough[start : start + ROWS] = rounded(table[start : start + ROWS], self.specs[name], bits)
+            for ids, state in kept:
+                exact = head.logits(ids, state, {}).log_softmax(-1)
+                found = head.logits(ids, state, {head_param: rough}).log_softmax(-1)
+                self.losses[name][at] += float((exact.exp() * (exact - found)).sum()) / tokens
+
+    @torch.no_grad()
+    def entering(self, rows: Sequence[Tensor], flow: Iterable[Tensor]) -> None:
+        """See :class:`bitfloor.pipeline.survey.Ends`."""
+        name = self._named("embedding")
+        if name is None:
+            return
+        source, device = self.source, self.options.device
+        source.load_outer(device, head=False)
+        try:
+            path, param = source.map.blocks_path, self.refs[name].param
+            exact = capture(source.skeleton, path, list(rows)).hidden
+            table = source.skeleton.get_parameter(param).detach()
+            used = torch.unique(torch.cat([ids.flatten() for ids in rows]))
+            tokens = sum(ids.numel() for ids in rows)
+            for at, bits in enumerate(self.widths):
+                # Only the rows that occur matter, and only they are rounded.
+                rough = table.clone()
+                rough[used] = rounded(table[used], self.specs[name], bits)
+                with poured(source, {param: rough}):
+                    moved = capture(source.skeleton, path, list(rows)).hidden
+                for ids, before, after, gradient in zip(rows, exact, moved, flow, strict=True):
+                    products = (gradient * (after - before).to(gradient.device)).sum(-1).flatten()
+                    own, which = torch.unique(ids, return_inverse=True)
+                    total = products.new_zeros(len(own)).index_add_(0, which.flatten(), products)
+                    self.losses[name][at] += float(total.square().sum(dtype=torch.float64)) / (2 * tokens)
+                moved.close()
+            exact.close()
+        finally:
+            source.release_outer()
+
+    def _named(self, kind: str) -> str | None:
+        """The quantized table of a kind."""
+        return next((name for name in self.specs if self.refs[name].kind == kind), None)
+
+
+def rounded(table: Tensor, spec: QuantSpec, bits: int) -> Tensor:
+    """Rows of a table, rounded to nearest as they would be stored: float32."""
+    own = replace(spec, bits=bits, widths=())
+    rows = table.float()
+    grid = search_grid(rows, torch.ones(rows.shape[1], device=rows.device), own)
+    return decode(encode(rows, grid), grid)

@@ -129,8 +129,8 @@ Before = Callable[[Any, Any, list[Any]], Mapping[str, Any]]
 
 def by_fast_preset(source: Any) -> Before:
     """Quantizes a block, given its inputs, by the fast preset at 4 bits."""
-    from bitfloor.api import make_job
     from bitfloor.core.packed import dequantize
+    from bitfloor.recipe.job import make_job
     from bitfloor.recipe.load import load_recipe
 
     job = make_job(load_recipe(BEFORE), source)
@@ -152,10 +152,10 @@ def prepare(args: argparse.Namespace, before: Callable[[Any], Before] = by_fast_
     """
     import torch
 
-    from bitfloor.api import make_job
     from bitfloor.calib.block import BlockRunner
     from bitfloor.calib.capture import capture
     from bitfloor.modeling.loader import open_source
+    from bitfloor.recipe.job import make_job
     from bitfloor.recipe.load import load_recipe
 
     ids, texts = load_ids(args)
@@ -184,9 +184,9 @@ def quantize(setting: Setting, preset: str, overrides: Sequence[str]) -> tuple[d
     """The block by one variant: dense weights by name, CPU seconds, and how learning went."""
     import torch
 
-    from bitfloor.api import make_job
     from bitfloor.core.packed import dequantize
     from bitfloor.methods.base import Need
+    from bitfloor.recipe.job import make_job
     from bitfloor.recipe.load import load_recipe
 
     job = make_job(load_recipe(preset, list(overrides)), setting.source)

@@ -50,7 +50,7 @@ class Pair:
 
 def job_of(setting: Any, bits: int, *overrides: str) -> Any:
     """bitfloor's own preset, as a job on the model."""
-    from bitfloor.api import make_job
+    from bitfloor.recipe.job import make_job
     from bitfloor.recipe.load import load_recipe
 
     return make_job(load_recipe(f"bitfloor-w{bits}g64", list(overrides)), setting.source)
@@ -66,6 +66,7 @@ def starts(runner: Any, job: Any, inputs: list[Any], exact: list[Any]) -> dict[s
 def learn(block: Any, runners: Sequence[Any], packed: dict[str, Any], job: Any, loss_of: Callable[..., Any]) -> Any:
     """Dense matrices after the preset's steps from a start, all of them at once."""
     from bitfloor.core.affine import pack
+    from bitfloor.core.basis import basis_of
     from bitfloor.core.packed import dequantize
     from bitfloor.core.rotation import rotate
     from bitfloor.methods.bitfloor import SCALE_SHARE, codes_and_grids
@@ -85,7 +86,7 @@ def learn(block: Any, runners: Sequence[Any], packed: dict[str, Any], job: Any, 
     loss, count = loss_of(block)
     schedule = Schedule(config.steps, config.rate, SCALE_SHARE * config.rate)
     outcome = optimise(learnt, loss, range(count), spread(range(count), FIXED_BATCHES), schedule)
-    return {n: dequantize(pack(*best, job.decide(n)[0].rotation)) for n, best in outcome.best.items()}
+    return {n: dequantize(pack(*best, basis_of(job.decide(n)[0]))) for n, best in outcome.best.items()}
 
 
 def plain_loss(inputs: list[Any], targets: list[Any], suppress: float, weights: Any = None) -> Callable[..., Any]:

@@ -50,7 +50,9 @@ def packed_weights(draw: st.DrawFn) -> PackedWeight:
     elif kind == "groups":  # a permutation of groups, the short one anywhere
         unit = draw(st.integers(1, 16))
         order = torch.randperm(-(-start // unit), generator=generator)
-    return PackedWeight((rows, inputs), tuple(segments), order, unit)
+    sort = draw(st.booleans())
+    channels = torch.randperm(inputs, generator=generator) if sort else None
+    return PackedWeight((rows, inputs), tuple(segments), order, unit, draw(st.sampled_from([0, 4, 32])), channels)
 
 
 @settings(max_examples=150, deadline=None)
@@ -83,7 +85,9 @@ def test_a_file_gives_back_the_same_weights(weight: PackedWeight) -> None:
 def test_rows_can_be_taken_without_unpacking_the_others(weight: PackedWeight, data: st.DataObject) -> None:
     dense = dequantize(weight)
     rows = torch.tensor(data.draw(st.lists(st.integers(0, weight.shape[0] - 1), min_size=1, max_size=20)))
-    assert torch.equal(dequantize(take_rows(weight, rows)), dense[rows])
+    # What is stored is equal bit for bit; a rotation's sums may differ in the last bits with the number of rows.
+    slack = 1e-6 * float(dense.abs().max()) if weight.rotation else 0.0
+    torch.testing.assert_close(dequantize(take_rows(weight, rows)), dense[rows], rtol=0, atol=slack)
     start = 16 * data.draw(st.integers(0, (weight.shape[0] - 1) // 16))
     stop = data.draw(st.integers(start + 1, weight.shape[0]))
-    assert torch.equal(dequantize(row_panel(weight, start, stop)), dense[start:stop])
+    torch.testing.assert_close(dequantize(row_panel(weight, start, stop)), dense[start:stop], rtol=0, atol=slack)

@@ -82,7 +82,9 @@ def _row(layer: Layer, learnt: bool) -> tuple[str, ...]:
         layer.name,
         f"{layer.shape[0]} x {layer.shape[1]}",
         _joined(layer, "bits"),
-        _joined(layer, "group_size") + (f", rotated {layer.rotation}" if layer.rotation else ""),
+        _joined(layer, "group_size")
+        + (", sorted" if layer.sorted else "")
+        + (f", rotated {layer.rotation}" if layer.rotation else ""),
         in_bytes(layer.nbytes),
         f"{layer.bits_per_weight:.3f}",
         in_short(layer.block_error),

@@ -42,6 +42,7 @@ class Layer:
         seconds: time spent on it, None when this machine does not remember the run.
         note: a fallback that was taken, None when there was none.
         rotation: block size of the rotation of its inputs, 0 for none.
+        sorted: its input channels are put into an order of their own first.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Layer:
     seconds: float | None
     note: str | None = None
     rotation: int = 0
+    sorted: bool = False
 
     @property
     def weights(self) -> int:
@@ -111,6 +113,7 @@ class Inspection:
                     "shape": list(layer.shape),
                     "segments": [dict(segment) for segment in layer.segments],
                     "rotation": layer.rotation,
+                    "sorted": layer.sorted,
                     "bytes": layer.nbytes,
                     "bits_per_weight": layer.bits_per_weight,
                     "block_error": layer.block_error,
@@ -150,7 +153,16 @@ def _layer(name: str, layout: Mapping[str, Any], nbytes: int, facts: Mapping[str
     segments = tuple({key: int(part[key]) for key in ("bits", "columns", "group_size")} for part in layout["segments"])
     rows, columns = layout["shape"]
     told = (facts.get("block_error"), facts.get("learning"), facts.get("seconds"), facts.get("note"))
-    return Layer(name, layout["kind"], (rows, columns), segments, nbytes, *told, rotation=layout.get("rotation", 0))
+    return Layer(
+        name,
+        layout["kind"],
+        (rows, columns),
+        segments,
+        nbytes,
+        *told,
+        rotation=layout.get("rotation", 0),
+        sorted=bool(layout.get("channels")),
+    )
 
 
 def _totals(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitfloor.core.basis import Basis
 from bitfloor.core.packed import PackedWeight, Segment, expand_groups, pack_segment
 
 # The smallest positive scale of each storage type: float16's smallest subnormal, and bfloat16's smallest normal number
@@ -88,7 +89,7 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
     return codes.float() * scale + shift
 
 
-def pack(codes: Tensor, grid: Grid, rotation: int = 0) -> PackedWeight:
+def pack(codes: Tensor, grid: Grid, basis: Basis | None = None) -> PackedWeight:
     """Store codes and grid: a segment for each width that occurs, narrow ones first, groups in natural order inside.
 
     Where the groups' natural order is not already sorted by width, the stored order says where each went, one entry a
@@ -97,9 +98,10 @@ def pack(codes: Tensor, grid: Grid, rotation: int = 0) -> PackedWeight:
     Args:
         codes: ``[O, I]`` uint8.
         grid: of any widths.
-        rotation: of the matrix that was quantized, see :class:`bitfloor.core.packed.PackedWeight`.
+        basis: of the columns, None for the input channels as they are.
     """
     rows, columns = codes.shape
+    basis = basis or Basis()
     widths = grid.bits.cpu()
     order = torch.argsort(widths, stable=True)
     segments: list[Segment] = []
@@ -116,7 +118,8 @@ def pack(codes: Tensor, grid: Grid, rotation: int = 0) -> PackedWeight:
         tuple(segments),
         None if natural else order.to(codes.device),
         1 if natural else grid.group_size,
-        rotation,
+        basis.rotation,
+        torch.tensor(basis.channels, device=codes.device) if basis.channels else None,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class MatrixPlan:
         rotation: of the input channels the groups are cut from.
         widths: of every group, in natural order.
         why: what the policy knew: plain data, group by group.
+        channels: order of the input channels that the groups are cut from, empty for natural order.
     """
 
     shape: tuple[int, int]
@@ -39,6 +40,7 @@ class MatrixPlan:
     rotation: int
     widths: tuple[int, ...]
     why: Mapping[str, Any] = field(default_factory=dict)
+    channels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class BitPlan:
                 "group_size": plan.group_size,
                 "rotation": plan.rotation,
                 "widths": list(plan.widths),
+                **({"channels": list(plan.channels)} if plan.channels else {}),
                 "why": dict(plan.why),
             }
             for name, plan in self.matrices.items()
@@ -76,7 +79,10 @@ class BitPlan:
 
     def sha256(self) -> str:
         """Hash of what a replay takes from it: the model and the widths."""
-        widths = {name: [p.group_size, p.rotation, list(p.widths)] for name, p in self.matrices.items()}
+        widths = {
+            name: [p.group_size, p.rotation, list(p.widths), *([list(p.channels)] if p.channels else [])]
+            for name, p in self.matrices.items()
+        }
         text = json.dumps([self.model, widths], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -116,9 +122,7 @@ class BitPlan:
                     f"the plan was made for {name} with {kind} {given}, and the recipe has {wanted}; "
                     "make the plan again, or use its recipe."
                 )
-        mixed = QuantSpec(
-            spec.bits, spec.group_size, spec.symmetric, spec.scale_dtype, spec.rotation, tuple(plan.widths)
-        )
+        mixed = replace(spec, widths=plan.widths, channels=plan.channels)
         mixed.group_widths(ref.shape[1])
         return mixed
 
@@ -169,9 +173,10 @@ def _mapping(where: str, key: str, data: Mapping[str, Any]) -> Mapping[str, Any]
 
 def _matrix(where: str, entry: Mapping[str, Any]) -> MatrixPlan:
     shape, widths = entry["shape"], entry["widths"]
-    numbers = [*shape, entry["group_size"], entry["rotation"], *widths]
+    channels = entry.get("channels", [])
+    numbers = [*shape, entry["group_size"], entry["rotation"], *widths, *channels]
     if len(shape) != 2 or any(type(value) is not int for value in numbers):
-        raise InputError(f"{where}: shape, group_size, rotation and widths must be whole numbers.")
+        raise InputError(f"{where}: shape, group_size, rotation, widths and channels must be whole numbers.")
     for width in widths:
         if width not in BITS:
             raise InputError(f"{where}: width {width} is not one bitfloor stores; use {', '.join(map(str, BITS))}.")
@@ -179,4 +184,7 @@ def _matrix(where: str, entry: Mapping[str, Any]) -> MatrixPlan:
     size = entry["group_size"]
     if size < 1 or len(widths) != -(-columns // size):
         raise InputError(f"{where}: {len(widths)} widths for {columns} columns in groups of {size}; give one a group.")
-    return MatrixPlan((rows, columns), size, entry["rotation"], tuple(widths), _mapping(where, "why", entry))
+    if channels and sorted(channels) != list(range(columns)):
+        raise InputError(f"{where}: channels must name each of the {columns} input channels once.")
+    why = _mapping(where, "why", entry)
+    return MatrixPlan((rows, columns), size, entry["rotation"], tuple(widths), why, tuple(channels))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitfloor.core.basis import restored
 from bitfloor.core.bitpack import pack_tiles, row_blocks, unpack_tiles
 from bitfloor.core.rotation import rotate
 
@@ -65,6 +66,8 @@ class PackedWeight:
         order_unit: channels per entry of ``order``.
         rotation: block size of the rotation of the input channels that what is stored must be multiplied with
             (:mod:`bitfloor.core.rotation`), after the columns were put into natural order; 0 for none.
+        channels: int64 ``[I]``, input channel of every column of that product (:mod:`bitfloor.core.basis`); None for
+            natural order.
     """
 
     shape: tuple[int, int]
@@ -72,6 +75,7 @@ class PackedWeight:
     order: Tensor | None = None
     order_unit: int = 1
     rotation: int = 0
+    channels: Tensor | None = None
 
 
 def pack_segment(
@@ -151,19 +155,23 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
     index = column_index(weight)
     if index is not None:
         stored = stored.new_zeros(rows, columns).index_add_(1, index, stored)
-    return rotate(stored, weight.rotation).to(dtype)
+    return restored(rotate(stored, weight.rotation), weight.channels).to(dtype)
 
 
 def order_dtype(weight: PackedWeight) -> torch.dtype:
     """The smallest unsigned type that holds every entry of the stored order."""
-    entries = -(-weight.shape[1] // weight.order_unit)
+    return index_dtype(-(-weight.shape[1] // weight.order_unit))
+
+
+def index_dtype(entries: int) -> torch.dtype:
+    """The smallest unsigned type that tells so many entries apart."""
     return torch.uint8 if entries <= 256 else torch.uint16 if entries <= 65536 else torch.uint32
 
 
 def nbytes(weight: PackedWeight) -> dict[str, int]:
     """Stored bytes by part. Their sum is what the file holds for this matrix, padding included."""
     blocks = row_blocks(weight.shape[0])
-    parts = dict.fromkeys(("codes", "scale", "zero", "offset", "channel_scale", "order"), 0)
+    parts = dict.fromkeys(("codes", "scale", "zero", "offset", "channel_scale", "order", "channels"), 0)
     for segment in weight.segments:
         parts["codes"] += segment.codes.numel()
         parts["scale"] += blocks * 16 * segment.groups * segment.scale.element_size()
@@ -175,6 +183,8 @@ def nbytes(weight: PackedWeight) -> dict[str, int]:
             parts["channel_scale"] += segment.columns * segment.channel_scale.element_size()
     if weight.order is not None:
         parts["order"] = weight.order.numel() * order_dtype(weight).itemsize
+    if weight.channels is not None:
+        parts["channels"] = weight.shape[1] * index_dtype(weight.shape[1]).itemsize
     return parts
 
 

@@ -19,10 +19,10 @@ FORMAT_VERSION = 0
 KINDS = ("linear", "conv1d", "expert", "embedding", "head")
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 SCALE_TYPES = {"float16": "F16", "bfloat16": "BF16"}
-PARTS = ("codes", "scale", "zero", "offset", "channel_scale", "order")
+PARTS = ("codes", "scale", "zero", "offset", "channel_scale", "order", "channels")
 LAYOUT_KEYS = {"shape", "kind", "transposed", "scale_dtype", "segments", "order"}
 SEGMENT_KEYS = {"columns", "bits", "group_size", "zero", "offset", "channel_scale"}
-OPTIONAL_KEYS = {"rotation"}  # absent for none
+OPTIONAL_KEYS = {"rotation", "channels"}  # absent for none
 CONFIG_KEYS = {"quant_method", "format_version", "layouts", "matrices", "orders", "tied", "kept", "recipe"}
 
 Layout = dict[str, Any]
@@ -40,7 +40,11 @@ def code_bytes(segment: Mapping[str, Any]) -> int:
 
 def order_type(layout: Layout) -> str:
     """Smallest unsigned type for the entries of an order."""
-    entries = -(-layout["shape"][1] // layout["order"]["unit"])
+    return index_type(-(-layout["shape"][1] // layout["order"]["unit"]))
+
+
+def index_type(entries: int) -> str:
+    """Smallest unsigned type that tells so many entries apart."""
     return "U8" if entries <= 1 << 8 else "U16" if entries <= 1 << 16 else "U32"
 
 
@@ -66,6 +70,8 @@ def part_shapes(layout: Layout, *, with_order: bool = True) -> dict[str, tuple[s
         parts["channel_scale"] = (scale_type, (sum(s["columns"] for s in scaled),))
     if layout["order"] is not None and with_order:
         parts["order"] = (order_type(layout), (layout["order"]["count"],))
+    if layout.get("channels"):
+        parts["channels"] = (index_type(layout["shape"][1]), (layout["shape"][1],))
     return parts
 
 
@@ -97,6 +103,8 @@ def check_layout(layout: Any, where: str) -> Layout:
     rotation = layout.get("rotation", 2)
     if isinstance(rotation, bool) or not isinstance(rotation, int) or not rotation or not is_rotation(rotation):
         raise _bad(where, "rotation", rotation)
+    if layout.get("channels", True) is not True:
+        raise _bad(where, "channels", layout["channels"])
     if not (_is_list(segments) and segments):
         raise _bad(where, "segments", segments)
     for index, segment in enumerate(segments):

@@ -1,4 +1,4 @@
-"""The native format, version 0: a packed matrix as up to six tensors (``docs/format.md`` is the specification).
+"""The native format, version 0: a packed matrix as up to seven tensors (``docs/format.md`` is the specification).
 
     NAME.codes          uint8 [Ob, sum T * 64 * b]      by row block; inside one, all segments' tiles in order
     NAME.scale          16 bit [Ob, sum G, 16]
@@ -6,8 +6,9 @@
     NAME.offset         16 bit [Ob, sum G, 16]          segments with offsets
     NAME.channel_scale  16 bit [sum K]                  segments with channel scales
     NAME.order          unsigned [n]                    absent when natural or stored by another matrix
+    NAME.channels       unsigned [I]                    where input channels are put into an order before the rotation
 
-``Ob = ceil(O / 16)`` row blocks. Row blocks come first in every tensor but the last two, so a few rows (an embedding
+``Ob = ceil(O / 16)`` row blocks. Row blocks come first in every tensor but the last three, so a few rows (an embedding
 lookup, a panel of a matrix product) are a slice of the file.
 """
 
@@ -18,9 +19,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bitfloor.core.basis import is_order
 from bitfloor.core.bitpack import blocked, pack_zeros, unblocked, unpack_zeros
 from bitfloor.core.errors import BitfloorError
-from bitfloor.core.packed import PackedWeight, Segment, order_dtype
+from bitfloor.core.packed import PackedWeight, Segment, index_dtype, order_dtype
 from bitfloor.formats.base import Get
 from bitfloor.formats.layout import Layout, code_bytes, groups, part_shapes, tensor_names
 
@@ -47,6 +49,8 @@ def reject(weight: PackedWeight) -> str | None:
         if isinstance(zero, Tensor) and zero.numel() and int(zero.max()) >> segment.bits:
             return f"segment {index} has a zero-point of {int(zero.max())}, too large for {segment.bits} bits"
         position = segment.stop
+    if weight.channels is not None and not is_order(weight.channels.tolist(), weight.shape[1]):
+        return f"its channels are no order of its {weight.shape[1]} columns"
     if weight.order is None:
         return None if position == weight.shape[1] else f"it stores {position} of {weight.shape[1]} columns, unordered"
     entries = -(-weight.shape[1] // weight.order_unit)
@@ -83,6 +87,8 @@ def layout(weight: PackedWeight, kind: str = "linear", transposed: bool = False)
     }
     if weight.rotation:
         found["rotation"] = weight.rotation
+    if weight.channels is not None:
+        found["channels"] = True
     return found
 
 
@@ -118,6 +124,8 @@ def encode(name: str, weight: PackedWeight, order_of: str | None = None) -> dict
     }
     if weight.order is not None and order_of is None:
         tensors[f"{name}.order"] = weight.order.to(order_dtype(weight))
+    if weight.channels is not None:
+        tensors[f"{name}.channels"] = weight.channels.to(index_dtype(weight.shape[1]))
     return tensors
 
 
@@ -141,8 +149,8 @@ def assemble(layout: Layout, parts: Mapping[str, Tensor], rows: int) -> PackedWe
 
     Args:
         layout: the layout of the whole matrix.
-        parts: part name (``"codes"``, ``"scale"``, ...) to tensor. All but ``channel_scale`` and ``order`` may hold any
-            selection of the row blocks, the same in each.
+        parts: part name (``"codes"``, ``"scale"``, ...) to tensor. All but ``channel_scale``, ``order`` and
+            ``channels`` may hold any selection of the row blocks, the same in each.
         rows: rows to read from that selection, at most 16 a block.
     """
     segments = []
@@ -178,4 +186,5 @@ def assemble(layout: Layout, parts: Mapping[str, Tensor], rows: int) -> PackedWe
         start, at_code, at_group = start + columns, at_code + code_width, at_group + count
     order = parts["order"].to(torch.int64) if layout["order"] is not None else None
     unit = layout["order"]["unit"] if layout["order"] is not None else 1
-    return PackedWeight((rows, layout["shape"][1]), tuple(segments), order, unit, layout.get("rotation", 0))
+    channels = parts["channels"].to(torch.int64) if layout.get("channels") else None
+    return PackedWeight((rows, layout["shape"][1]), tuple(segments), order, unit, layout.get("rotation", 0), channels)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bitfloor.calib.stats import HessianSum
 from bitfloor.core.affine import decode, encode
+from bitfloor.core.basis import Basis, by_size
 from bitfloor.core.errors import BitfloorError
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.linalg import all_finite
-from bitfloor.core.rotation import rotate, rotate_both
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, stages
 from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL
@@ -32,6 +32,7 @@ class SbaConfig:
         importance: exponent of the Hessian's diagonal in that search.
         positional: salience as published, conditional on the order of columns.
         damping: of the Hessian, relative.
+        sort: put input channels into order of their second moment before they are cut into groups.
     """
 
     uniform: bool = False
@@ -39,6 +40,7 @@ class SbaConfig:
     importance: float = 0.5
     positional: bool = True
     damping: float = 0.01
+    sort: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ class Widths:
         widths: of every group.
         why: ``salience`` by group, ``promoted`` groups ``p``, ``divergence`` a token by ``p``; ``note`` if nothing
             was searched.
+        channels: the order of input channels that groups are cut from, empty for natural order.
     """
 
     widths: tuple[int, ...]
     why: Mapping[str, Any] = field(default_factory=dict)
+    channels: tuple[int, ...] = ()
 
 
 def allocate_block(
@@ -82,6 +86,7 @@ def allocate_block(
     block.observe(inputs, lambda name, x: sums[name].add(x), list(sums))
     found: dict[str, Widths] = {}
     sweeps: dict[str, dict[str, Sweep]] = {}
+    bases: dict[str, Basis] = {}
     for group in groups:
         seen = sums.pop(group[0])
         if not all_finite(seen.total):
@@ -91,31 +96,34 @@ def allocate_block(
             note = f"saw {seen.rows} calibration tokens for {columns} input channels; all groups keep their width"
             found.update({n: Widths(specs[n].group_widths(columns), {"note": note}) for n in group})
             continue
+        channels = by_size(seen.total.diagonal()) if config.sort else ()
+        bases.update({name: Basis(channels, specs[name].rotation) for name in group})
+        inputs_of = {basis: _seen(seen.total, basis, config) for basis in dict.fromkeys(bases[n] for n in group)}
         sweeps[group[0]] = {
-            name: _sweep(block.weight(name), _turned(seen.total, group, specs, config)[name], specs[name], config)
+            name: _sweep(bases[name].to(block.weight(name)), inputs_of[bases[name]], specs[name], config)
             for name in group
         }
         del seen
         trim_heap()
 
     def add(name: str, x: Tensor) -> None:
-        turned: dict[int, Tensor] = {}
+        turned: dict[Basis, Tensor] = {}
         for member, sweep in sweeps[name].items():
-            rotation = specs[member].rotation
-            if rotation not in turned:
-                turned[rotation] = rotate(x.float(), rotation)
-            sweep.add(turned[rotation])
+            basis = bases[member]
+            if basis not in turned:
+                turned[basis] = basis.to(x.float())
+            sweep.add(turned[basis])
 
     block.observe((inputs[i] for i in range(len(inputs) if few is None else min(few, len(inputs)))), add, list(sweeps))
     for own in sweeps.values():
         for name, sweep in own.items():
-            found[name] = _widths(sweep, specs[name])
+            found[name] = _widths(sweep, specs[name], bases[name].channels)
     return {name: found[name] for name in specs}
 
 
 @dataclass(frozen=True)
 class _Input:
-    """What is known of a matrix's input, rotated as the matrix is.
+    """What is known of a matrix's input, in the basis of the matrix.
 
     Args:
         costs: ``[I]`` of :func:`bitfloor.solvers.salience.removal_costs`.
@@ -126,20 +134,13 @@ class _Input:
     importance: Tensor
 
 
-def _turned(
-    hessian: Tensor, group: tuple[str, ...], specs: Mapping[str, QuantSpec], config: SbaConfig
-) -> dict[str, _Input]:
-    """By name; made once for each rotation in the group."""
-    made: dict[int, _Input] = {}
-    for rotation in {specs[name].rotation for name in group}:
-        own = rotate_both(hessian, rotation)
-        costs = removal_costs(own, damping=config.damping, positional=config.positional)
-        made[rotation] = _Input(costs, tempered(own.diagonal(), config.importance))
-    return {name: made[specs[name].rotation] for name in group}
+def _seen(hessian: Tensor, basis: Basis, config: SbaConfig) -> _Input:
+    own = basis.both(hessian)
+    costs = removal_costs(own, damping=config.damping, positional=config.positional)
+    return _Input(costs, tempered(own.diagonal(), config.importance))
 
 
 def _sweep(weight: Tensor, seen: _Input, spec: QuantSpec, config: SbaConfig) -> Sweep:
-    weight = rotate(weight, spec.rotation)
     size = spec.columns_per_group(weight.shape[1])
     salience = group_salience(weight, seen.costs, size)
     importance = seen.importance if config.ranges == "search" else None
@@ -151,7 +152,7 @@ def _sweep(weight: Tensor, seen: _Input, spec: QuantSpec, config: SbaConfig) -> 
     return Sweep(weight, rounded, salience, size, candidates(len(salience), config.uniform))
 
 
-def _widths(sweep: Sweep, spec: QuantSpec) -> Widths:
+def _widths(sweep: Sweep, spec: QuantSpec, channels: tuple[int, ...]) -> Widths:
     if not sweep.tokens:
         note = "no token of the sequences that were looked at entered it; all groups keep their width"
         return Widths((spec.bits,) * len(sweep.salience), {"note": note})
@@ -162,4 +163,4 @@ def _widths(sweep: Sweep, spec: QuantSpec) -> Widths:
         "promoted": best,
         "divergence": {str(p): float(f"{loss / tokens:.6g}") for p, loss in sweep.loss.items()},
     }
-    return Widths(widths_of(sweep.salience, spec.bits, best), why)
+    return Widths(widths_of(sweep.salience, spec.bits, best), why, channels)

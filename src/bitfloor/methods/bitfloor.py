@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bitfloor.core.affine import Grid, pack
+from bitfloor.core.basis import basis_of
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.packed import PackedWeight, segment_codes
-from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, Need
 from bitfloor.methods.gptq import Gptq
@@ -78,7 +78,7 @@ class Bitfloor:
                 codes, grid = stack([start[index] for start in starts])
                 return Refinement(weight, codes, grid, zero_share=config.zero_share, adam=adam)
 
-            learnt[unit], parts[unit] = learnable(rotate(block.weight(unit), spec.rotation), spec, refined)
+            learnt[unit], parts[unit] = learnable(basis_of(spec).to(block.weight(unit)), spec, refined)
         schedule = Schedule(config.steps, config.rate, SCALE_SHARE * config.rate, seed=self.seed)
         outcome = learn_block(block, inputs, targets, learnt, schedule, config.suppress)
         seconds = (time.perf_counter() - began) / len(specs)
@@ -86,7 +86,7 @@ class Bitfloor:
         rounded = split(tall, outcome.best, parts)
         for index, name in enumerate(specs):
             codes, grid = rounded[name]
-            result.weights[name] = pack(codes, grid, specs[name].rotation)
+            result.weights[name] = pack(codes, grid, basis_of(specs[name]))
             before = result.reports[name]
             notes = [note for note in (before.note, outcome.note if index == 0 else None) if note]
             # The codes have moved: what the start said of this matrix's own output no longer holds.

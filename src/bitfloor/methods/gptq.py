@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bitfloor.calib.stats import DriftSum, HessianSum
 from bitfloor.core.affine import Grid, decode, encode, pack
+from bitfloor.core.basis import Basis, basis_of
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.metrics import output_error
 from bitfloor.core.packed import dequantize
-from bitfloor.core.rotation import rotate, rotate_both
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need, stages
 from bitfloor.methods.options import GptqConfig
@@ -93,13 +93,14 @@ class Gptq:
     ) -> None:
         """Quantize the matrices of one input group; those of equal spec are swept together, row by row independent."""
         chosen = self._chosen(block, group, seen, specs)
-        by_rotation = {rotation: seen.shown(rotation) for rotation in {specs[name].rotation for name in group}}
+        by_basis = {basis: seen.shown(basis) for basis in dict.fromkeys(basis_of(specs[name]) for name in group)}
         for spec in dict.fromkeys(specs[name] for name in group):
             began = time.perf_counter()
             names = [name for name in group if specs[name] == spec]
-            weights = [rotate(block.weight(name), spec.rotation) for name in names]
+            basis = basis_of(spec)
+            weights = [basis.to(block.weight(name)) for name in names]
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            shown = by_rotation[spec.rotation]
+            shown = by_basis[basis]
             config = replace(self.config, correction=chosen.get(spec, self.config.correction))
             solved, note = solve(stacked, shown, spec, config)
             if self.config.choose and spec not in chosen:
@@ -112,7 +113,7 @@ class Gptq:
             )
             for name, target, code, own in parts:
                 error = output_error(target, decode(code, own), shown.hessian) if shown.rows else None
-                result.weights[name] = pack(code, own, spec.rotation)
+                result.weights[name] = pack(code, own, basis)
                 told = {"correction": chosen[spec]} if spec in chosen else {}
                 result.reports[name] = MatrixReport(error, seconds, note, told)
 
@@ -134,11 +135,12 @@ class Gptq:
         columns = block.weight(group[0]).shape[1]
         if seen.held.hessian.rows and seen.hessian.rows >= MIN_TOKENS_PER_CHANNEL * columns:
             given = self.config.correction
-            rotations = {specs[name].rotation for name in group}
-            sums = {rotation: (seen.held.shown(rotation), seen.shown(rotation)) for rotation in rotations}
+            bases = dict.fromkeys(basis_of(specs[name]) for name in group)
+            sums = {basis: (seen.held.shown(basis), seen.shown(basis)) for basis in bases}
             for spec in dict.fromkeys(specs[name] for name in group):
-                weight = torch.cat([rotate(block.weight(name), spec.rotation) for name in group if specs[name] == spec])
-                held, shown = sums[spec.rotation]
+                basis = basis_of(spec)
+                weight = torch.cat([basis.to(block.weight(name)) for name in group if specs[name] == spec])
+                held, shown = sums[basis]
                 errors = {}
                 # The given one comes first: it is kept where all are equal.
                 for correction in dict.fromkeys((given, *CORRECTIONS)):
@@ -275,10 +277,10 @@ class _Seen:
         self.drift.total.add_(self.held.drift.total)
         self.held = None
 
-    def shown(self, rotation: int) -> Shown:
-        """The sums over rotated inputs."""
-        drift = None if self.drift is None else rotate_both(self.drift.total, rotation)
-        return Shown(rotate_both(self.hessian.total, rotation), drift, self.hessian.rows)
+    def shown(self, basis: Basis) -> Shown:
+        """The sums over inputs in a basis."""
+        drift = None if self.drift is None else basis.both(self.drift.total)
+        return Shown(basis.both(self.hessian.total), drift, self.hessian.rows)
 
 
 def split_grid(grid: Grid, rows: Sequence[int]) -> list[Grid]:

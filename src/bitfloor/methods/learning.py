@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitfloor.core.affine import Grid
-from bitfloor.core.rotation import rotate
+from bitfloor.core.basis import Basis, basis_of
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, Learning
 from bitfloor.solvers.block_opt import Learnable, Outcome, Schedule, optimise
@@ -23,24 +23,25 @@ Rounded = tuple[Tensor, Grid]
 
 
 class Turned:
-    """A learnable that was made of a rotated matrix, seen from the block, which knows nothing of the rotation."""
+    """A learnable that was made of a matrix in another basis, seen from the block, which knows nothing of that."""
 
-    def __init__(self, inner: Learnable, rotation: int) -> None:
-        self.inner, self.rotation = inner, rotation
+    def __init__(self, inner: Learnable, basis: Basis) -> None:
+        self.inner, self.basis = inner, basis
 
     def fake_quantized(self) -> Tensor:
-        return rotate(self.inner.fake_quantized(), self.rotation)
+        return self.basis.back(self.inner.fake_quantized())
 
     def step(self, grad: Tensor, rate: float, range_rate: float) -> None:
-        self.inner.step(rotate(grad, self.rotation), rate, range_rate)
+        self.inner.step(self.basis.to(grad), rate, range_rate)
 
     def snapshot(self) -> Any:
         return self.inner.snapshot()
 
 
 def turned(learnt: Learnable, spec: QuantSpec) -> Learnable:
-    """What the block sees of a learnable made of a matrix rotated as ``spec`` says."""
-    return Turned(learnt, spec.rotation) if spec.rotation else learnt
+    """What the block sees of a learnable made of a matrix in the basis that ``spec`` asks for."""
+    basis = basis_of(spec)
+    return Turned(learnt, basis) if basis else learnt
 
 
 def units(block: Block, specs: Mapping[str, QuantSpec]) -> Units:
@@ -67,7 +68,7 @@ def learnable(
     """What learns a matrix: one learnable, or one for the groups of each width.
 
     Args:
-        weight: ``[O, I]`` float32, rotated if it is to be.
+        weight: ``[O, I]`` float32, in the basis of ``spec``.
         spec: storage.
         make: called as ``make(part [O, K], spec, index)`` with the columns of a width, their storage, and the number of
             the width among those that occur, narrow ones first.

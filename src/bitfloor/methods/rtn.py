@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bitfloor.calib.stats import MomentSum
 from bitfloor.core.affine import decode, encode, pack
+from bitfloor.core.basis import Basis, basis_of
 from bitfloor.core.errors import BitfloorError
-from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need, stages
 from bitfloor.methods.options import RtnConfig
@@ -48,7 +48,7 @@ class Rtn:
         result = BlockResult()
         for name, spec in specs.items():
             began = time.perf_counter()
-            weight = rotate(block.weight(name), spec.rotation)
+            weight = basis_of(spec).to(block.weight(name))
             seen = moments[name].mean() if name in moments else None
             note = None
             if seen is not None and not moments[name].rows:
@@ -57,23 +57,23 @@ class Rtn:
             grid = minmax_grid(weight, spec) if seen is None else search_grid(weight, seen, spec)
             codes = encode(weight, grid)
             error = None if seen is None else _diagonal_error(weight, decode(codes, grid), seen)
-            result.weights[name] = pack(codes, grid, spec.rotation)
+            result.weights[name] = pack(codes, grid, basis_of(spec))
             result.reports[name] = MatrixReport(error, time.perf_counter() - began, note)
         return result
 
     def _moments(self, block: Block, inputs: Batches, specs: Mapping[str, QuantSpec]) -> dict[str, MomentSum]:
-        """Second moments of the inputs of every matrix, rotated like it; those fed by one tensor share one sum."""
+        """Second moments of the inputs of every matrix, in its basis; those fed by one tensor share one sum."""
         sums: dict[str, MomentSum] = {}
-        views: dict[str, dict[int, MomentSum]] = {}  # leader of an input group -> rotation -> sum
+        views: dict[str, dict[Basis, MomentSum]] = {}  # leader of an input group -> basis -> sum
         for group in (group for stage in stages(block, inputs, specs) for group in stage):
             weight = block.weight(group[0])
-            own = {specs[name].rotation: MomentSum(weight.shape[1], weight.device) for name in group}
-            sums.update({name: own[specs[name].rotation] for name in group})
+            own = {basis_of(specs[name]): MomentSum(weight.shape[1], weight.device) for name in group}
+            sums.update({name: own[basis_of(specs[name])] for name in group})
             views[group[0]] = own
 
         def add(name: str, x: Tensor) -> None:
-            for rotation, moments in views[name].items():
-                moments.add(rotate(x, rotation))
+            for basis, moments in views[name].items():
+                moments.add(basis.to(x))
 
         block.observe(inputs, add, list(views))
         for name in views:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitfloor.core.basis import ordered
 from bitfloor.core.packed import PackedWeight, Segment, dequantize
 from bitfloor.core.rotation import rotate
 
@@ -37,24 +38,27 @@ def linear(
     panel: Callable[[int, int], PackedWeight],
     bias: Tensor | None = None,
     rotation: int = 0,
+    channels: Tensor | None = None,
 ) -> Tensor:
-    """``y = x W^T + bias`` with ``W`` dequantized panel by panel. A rotation is done to ``x``, once.
+    """``y = x W^T + bias`` with ``W`` dequantized panel by panel. Order and rotation are done to ``x``, once.
 
     Args:
         x: ``[..., I]`` floating point.
         shape: ``(O, I)`` of the packed matrix.
         panel: ``panel(start, stop)`` is the packed matrix of those rows; starts are multiples of 16.
         bias: ``[O]`` or None.
-        rotation: of the packed matrix.
+        rotation, channels: of the packed matrix.
 
     Returns:
         ``[..., O]`` in the dtype of ``x``.
     """
     parts = []
-    x = rotate(x, rotation)
+    x = rotate(ordered(x, channels), rotation)
     for start, stop in panels(*shape, x.device):
         part_bias = None if bias is None else bias[start:stop].to(x.dtype)
-        parts.append(F.linear(x, dequantize(replace(panel(start, stop), rotation=0), x.dtype), part_bias))
+        parts.append(
+            F.linear(x, dequantize(replace(panel(start, stop), rotation=0, channels=None), x.dtype), part_bias)
+        )
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -77,7 +81,8 @@ def row_panel(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """``y = x W^T + bias`` for a packed matrix: ``x [..., I]`` to ``[..., O]``, in the dtype of ``x``."""
-    return linear(x, weight.shape, lambda start, stop: row_panel(weight, start, stop), bias, weight.rotation)
+    own = (weight.rotation, weight.channels)
+    return linear(x, weight.shape, lambda start, stop: row_panel(weight, start, stop), bias, *own)
 
 
 def take_rows(weight: PackedWeight, rows: Tensor) -> PackedWeight:

@@ -82,7 +82,9 @@ def plan_of_run(
         for name, found in part.get("allocation", {}).items():
             spec, ref = assignment.specs[name], assignment.refs[name]
             size = spec.columns_per_group(ref.shape[1])
-            matrices[name] = MatrixPlan(ref.shape, size, spec.rotation, tuple(found["widths"]), found["why"])
+            matrices[name] = MatrixPlan(
+                ref.shape, size, spec.rotation, tuple(found["widths"]), found["why"], tuple(found["channels"])
+            )
         layouts.update(part["layouts"])
     if not matrices:
         return None

@@ -25,12 +25,11 @@ from bitfloor.calib.block import BlockRunner
 from bitfloor.core.affine import Grid
 from bitfloor.core.bit_plan import BitPlan
 from bitfloor.core.errors import InputError
-from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import MatrixRef, QuantSpec
 from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL
 from bitfloor.methods.options import GptqConfig
 from bitfloor.modeling.loader import SourceModel
-from bitfloor.pipeline.choice import BYTE, Item, budget_bits, choose, uniform_sizes
+from bitfloor.pipeline.choice import BYTE, Item, as_sorted, budget_bits, choose, uniform_sizes
 from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.layouts import stored_size
 from bitfloor.pipeline.run import RunOptions
@@ -66,16 +65,19 @@ def plan_by_budget(
 
     def visit(runner: BlockRunner, stakes: Mapping[str, Stakes]) -> None:
         for name, own in stakes.items():
+            specs[name] = replace(specs[name], channels=own.basis.channels)
             tables[name] = distortions(runner.weight(name), own, specs[name], how.widths, search)
 
-    looking = SurveyOptions(job.products, options.device, int(job.recipe.get("seed", 0)), folder)
+    looking = SurveyOptions(job.products, options.device, int(job.recipe.get("seed", 0)), folder, how.sort)
     rotations = {name: spec.rotation for name, spec in specs.items()}
     ends = Ends(source, assignment, how.tables, looking) if how.tables else None
     survey(source, few(batches, how.sequences), rotations, visit, looking, ends)
     items = {}
     for name, spec in specs.items():
         ref = assignment.refs[name]
-        items[name] = Item(ref, spec, how.widths, tables[name].cpu(), budget_bits(ref, spec, how.average))
+        # The order of channels is paid for from the budget of a matrix without one.
+        own = budget_bits(ref, replace(spec, channels=()), how.average)
+        items[name] = Item(ref, spec, how.widths, tables[name].cpu(), own)
     if ends is not None:
         items.update(ends.items())
     return choose(source.fingerprint, how, items)
@@ -104,12 +106,12 @@ def distortions(weight: Tensor, stakes: Stakes, spec: QuantSpec, widths: Sequenc
 
     Args:
         weight: ``[O, I]`` float32, as the model has it.
-        stakes: of its rotated inputs, if it will be rotated.
+        stakes: in the basis it will be stored in.
         spec: storage.
         widths: to be tried.
         how: options of GPTQ.
     """
-    weight = rotate(weight, spec.rotation)
+    weight = stakes.basis.to(weight)
     columns = weight.shape[1]
     size = spec.columns_per_group(columns)
     groups = -(-columns // size)
@@ -144,7 +146,7 @@ def check_budget(job: Job, assignment: Assignment) -> None:
     for part in [names] if how.scope == "model" else [[name] for name in names]:
         pairs = [(assignment.refs[name], assignment.specs[name]) for name in part]
         budget = sum(budget_bits(ref, spec, how.average) for ref, spec in pairs)
-        least = sum(min(uniform_sizes(ref, spec, how.widths)) for ref, spec in pairs)
+        least = sum(min(uniform_sizes(ref, as_sorted(spec, how.sort), how.widths)) for ref, spec in pairs)
         for ref, spec in tables_of(job, assignment):
             budget += budget_bits(ref, spec, None)
             least += min(uniform_sizes(ref, spec, how.tables))
@@ -169,13 +171,15 @@ def promised_bits(job: Job, assignment: Assignment) -> float:
 
     Where embedding and head share the budget, it is all of them together that keep to it.
     """
-    assert job.allocation is not None
+    how = job.allocation
+    assert how is not None
     total = 0.0
     for name, spec in assignment.specs.items():
         ref = assignment.refs[name]
-        if ref.block >= 0:
-            by_budget = job.searches == "budget"
-            total += budget_bits(ref, spec, job.allocation.average) if by_budget else most_by_sba(ref, spec)
+        if ref.block >= 0 and job.searches == "budget":
+            total += budget_bits(ref, spec, how.average)
+        elif ref.block >= 0:
+            total += most_by_sba(ref, as_sorted(spec, how.sort))
     return total
 
 

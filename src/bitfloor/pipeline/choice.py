@@ -77,6 +77,11 @@ class Item:
         return torch.tensor([self.sizes()], dtype=torch.float64)
 
 
+def as_sorted(spec: QuantSpec, sort: bool) -> QuantSpec:
+    """The storage with an order of channels, for its size; which order makes no difference to that."""
+    return replace(spec, channels=(0,)) if sort else spec
+
+
 def uniform_sizes(ref: MatrixRef, spec: QuantSpec, widths: Sequence[int]) -> list[int]:
     """Stored bits of a matrix if all its groups had one of the widths, by width."""
     return [BYTE * stored_size(ref, replace(spec, bits=bits, widths=())) for bits in widths]
@@ -150,7 +155,7 @@ def _planned(item: Item, widths: tuple[int, ...]) -> MatrixPlan:
     why: dict[str, Any] = {"note": "too few tokens of the survey entered it; all groups keep its width"}
     if item.known:
         why = {"distortion": [[float(f"{value:.6g}") for value in row] for row in item.losses.tolist()], **item.why}
-    return MatrixPlan(item.ref.shape, size, item.spec.rotation, widths, why)
+    return MatrixPlan(item.ref.shape, size, item.spec.rotation, widths, why, item.spec.channels)
 
 
 def _split(items: Sequence[Item], choice: Tensor) -> list[tuple[int, ...]]:

@@ -38,6 +38,8 @@ def spec_layout(ref: MatrixRef, spec: QuantSpec) -> Layout:
     }
     if spec.rotation:
         layout["rotation"] = spec.rotation
+    if spec.channels:
+        layout["channels"] = True
     return layout
 
 

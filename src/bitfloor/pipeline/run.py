@@ -171,10 +171,13 @@ class Run:
             if absent:
                 raise BitfloorError(f"the method {self.job.method.name} returned nothing for {absent[0]}.")
             for name, spec in specs.items():
-                found = result.weights[name].rotation
-                if found != spec.rotation:
-                    method = self.job.method.name
-                    raise BitfloorError(f"the method {method} rotated {name} by {found}, not by {spec.rotation}.")
+                found, method = result.weights[name], self.job.method.name
+                if found.rotation != spec.rotation:
+                    raise BitfloorError(
+                        f"the method {method} rotated {name} by {found.rotation}, not by {spec.rotation}."
+                    )
+                if (found.channels is not None) != bool(spec.channels):
+                    raise BitfloorError(f"the method {method} did not keep to the order of the channels of {name}.")
             trim_heap()
             dense = {name: dequantize(w) for name, w in result.weights.items()}
             error = self._advance(runner, dense, targets or None)
@@ -193,7 +196,8 @@ class Run:
         if how is None or self.job.searches != "sba":
             return specs, {}
         found = allocate_block(runner, inputs, specs, how.search, how.batches(inputs))
-        return {name: replace(spec, widths=found[name].widths) for name, spec in specs.items()}, found
+        own = {n: replace(s, widths=found[n].widths, channels=found[n].channels) for n, s in specs.items()}
+        return own, found
 
     def _float_sides(self, runner: BlockRunner) -> tuple[Batches, Batches]:
         """The block's inputs and outputs in the float model, as far as the method needs them.

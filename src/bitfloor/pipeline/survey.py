@@ -3,9 +3,9 @@
 | symbol | meaning |
 | --- | --- |
 | ``L_s`` | negative log-likelihood of a sequence ``s`` whose labels are drawn from the float model's own distribution |
-| ``G_s [O, I]`` | ``dL_s/dW``, of a matrix, rotated as it will be stored |
+| ``G_s [O, I]`` | ``dL_s/dW``, of a matrix, in the basis it will be stored in |
 | ``F [O, I]`` | ``sum_s G_s^2 / T``: the diagonal of the Fisher information of ``T`` tokens |
-| ``H [I, I]`` | ``sum_t x_t x_t^T / T`` of the matrix's inputs, rotated likewise |
+| ``H [I, I]`` | ``sum_t x_t x_t^T / T`` of the matrix's inputs, likewise |
 | ``r [O]`` | ``sum_j F_ij / tr H``: how much an output counts |
 | ``H' [I, I]`` | ``H`` with its rows and columns scaled so that its diagonal is in proportion to ``sum_i F_ij`` |
 
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -36,10 +36,10 @@ from bitfloor.calib.block import BlockRunner
 from bitfloor.calib.capture import Call, capture
 from bitfloor.calib.stats import HessianSum
 from bitfloor.calib.streams import Stream
+from bitfloor.core.basis import Basis, by_size
 from bitfloor.core.errors import BitfloorError
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.linalg import all_finite
-from bitfloor.core.rotation import rotate, rotate_both
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.student import Head, gives_tuple
 
@@ -52,11 +52,13 @@ class Stakes:
         rows: ``r [O]`` float32.
         hessian: ``H' [I, I]`` float32.
         tokens: that entered it.
+        basis: that ``H'`` is in.
     """
 
     rows: Tensor
     hessian: Tensor
     tokens: int
+    basis: Basis = field(default_factory=Basis)
 
 
 Visit = Callable[[BlockRunner, Mapping[str, Stakes]], None]
@@ -81,12 +83,14 @@ class SurveyOptions:
         device: where blocks are computed.
         seed: of the labels.
         folder: for what enters each block, removed in the end; None keeps it in memory.
+        sort: put input channels into order of their second moment.
     """
 
     products: torch.dtype = torch.float32
     device: str = "cpu"
     seed: int = 0
     folder: Path | None = None
+    sort: bool = False
 
 
 @torch.no_grad()
@@ -136,7 +140,8 @@ def survey(
             inputs = states.pop()
             own = {name: rotations[name] for name in runner.names if name in rotations}
             sums = _inputs(runner, inputs, own)
-            visit(runner, _stakes(_fisher(runner, inputs, flow, own, tokens), sums, own, tokens))
+            bases = {n: Basis(by_size(sums[n].total.diagonal()) if options.sort else (), r) for n, r in own.items()}
+            visit(runner, _stakes(_fisher(runner, inputs, flow, bases, tokens), sums, bases, tokens))
             inputs.close()
             source.release_block(k)
             trim_heap()
@@ -191,30 +196,30 @@ def _inputs(runner: BlockRunner, inputs: Stream, names: Mapping[str, int]) -> di
 def _stakes(
     fisher: Mapping[str, tuple[Tensor, Tensor]],
     sums: Mapping[str, HessianSum],
-    rotations: Mapping[str, int],
+    bases: Mapping[str, Basis],
     tokens: int,
 ) -> dict[str, Stakes]:
     found = {}
     for name, (rows, columns) in fisher.items():
-        hessian = rotate_both(sums[name].total, rotations[name]) / tokens
+        hessian = bases[name].both(sums[name].total) / tokens
         diagonal = hessian.diagonal().clamp_min(0.0)
         trace = diagonal.sum().clamp_min(1e-30)
         share = (columns / columns.sum().clamp_min(1e-30)) / (diagonal / trace).clamp_min(1e-30)
         scaling = torch.where(diagonal > 0, share, 0.0).sqrt()
-        found[name] = Stakes(rows / trace, hessian * scaling.unsqueeze(1) * scaling, sums[name].rows)
+        found[name] = Stakes(rows / trace, hessian * scaling.unsqueeze(1) * scaling, sums[name].rows, bases[name])
     return found
 
 
 def _fisher(
-    runner: BlockRunner, inputs: Stream, flow: Stream, rotations: Mapping[str, int], tokens: int
+    runner: BlockRunner, inputs: Stream, flow: Stream, bases: Mapping[str, Basis], tokens: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums of ``F`` over columns ``[O]`` and rows ``[I]``; ``flow`` becomes the gradient of what enters, in place."""
     found = {}
-    for name in rotations:
+    for name in bases:
         rows, columns = runner.ref(name).shape
         device = runner.weight(name).device
         found[name] = (torch.zeros(rows, device=device), torch.zeros(columns, device=device))
-    weights = {name: runner.weight(name).clone() for name in rotations}
+    weights = {name: runner.weight(name).clone() for name in bases}
     for i, x in enumerate(inputs):
         gradient = flow[i]
         leaf = x.to(gradient.device).requires_grad_()
@@ -224,7 +229,7 @@ def _fisher(
             torch.autograd.backward(runner.forward(leaf, i, weights), gradient)
         for name, weight in weights.items():
             if weight.grad is not None:
-                squares = rotate(weight.grad, rotations[name]).square()
+                squares = bases[name].to(weight.grad).square()
                 found[name][0].add_(squares.sum(1), alpha=1.0 / tokens)
                 found[name][1].add_(squares.sum(0), alpha=1.0 / tokens)
         assert leaf.grad is not None

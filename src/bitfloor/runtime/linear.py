@@ -1,8 +1,9 @@
 """Modules that hold a packed matrix: linear layers, embeddings, and a head that shares the embedding's matrix.
 
 Their buffers are the stored tensors, named as on disk (``codes``, ``scale``, ``zero``, ``offset``, ``channel_scale``,
-``order``), so a state dict of the model is the checkpoint. Stored tensors never change type: ``model.half()`` moves the
-dtype of the activations and of what stayed float, not the scales, because rounding a scale again changes the weights.
+``order``, ``channels``), so a state dict of the model is the checkpoint. Stored tensors never change type:
+``model.half()`` moves the dtype of the activations and of what stayed float, not the scales, because rounding a scale
+again changes the weights.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class PackedMatrix(nn.Module):
         return self.panel(0, self.shape[0])
 
     def _blocks(self, index: slice | Tensor, rows: int) -> PackedWeight:
-        whole = ("channel_scale", "order")
+        whole = ("channel_scale", "order", "channels")
         parts = {name: part if name in whole else part[index] for name, part in self.parts().items()}
         return assemble(self.layout, parts, rows)
 
@@ -128,7 +129,8 @@ class PackedMatrix(nn.Module):
         """``x W^T + bias``: ``[..., I]`` to ``[..., O]`` in the dtype of ``x``."""
         if self._caching:
             return F.linear(x, self.dense(x.dtype), None if bias is None else bias.to(x.dtype))
-        return reference.linear(x, self.shape, self.panel, bias, self.layout.get("rotation", 0))
+        channels = self.get_buffer("channels").to(torch.int64) if self.layout.get("channels") else None
+        return reference.linear(x, self.shape, self.panel, bias, self.layout.get("rotation", 0), channels)
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows ``ids [...]`` as ``[..., I]`` in the dtype of the activations; only their row blocks are read."""
@@ -154,7 +156,10 @@ class PackedMatrix(nn.Module):
     def extra_repr(self) -> str:
         widths = "+".join(f"{s['columns']}x{s['bits']}bit" for s in self.layout["segments"])
         rotation = self.layout.get("rotation", 0)
-        return f"{self.shape[1]} -> {self.shape[0]}, {widths}" + (f", rotated by {rotation}" if rotation else "")
+        turned = f", rotated by {rotation}" if rotation else ""
+        return (
+            f"{self.shape[1]} -> {self.shape[0]}, {widths}" + (", sorted" * bool(self.layout.get("channels"))) + turned
+        )
 
 
 class PackedLinear(PackedMatrix):

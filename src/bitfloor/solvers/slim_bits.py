@@ -104,9 +104,10 @@ class Sweep:
     def _move(self, found: Tensor, rows: Tensor, p: int) -> None:
         """From the outputs of ``p - 1`` to those of ``p``, in place."""
         assert self.down is not None and self.up is not None
-        for group, change in ((self.order[p - 1], self.down), (self.order[-p], self.up)):
-            columns = slice(group * self.size, (group + 1) * self.size)
-            found.addmm_(rows[:, columns], change[:, columns].T)
+        low, high = (slice(k * self.size, (k + 1) * self.size) for k in (self.order[p - 1], self.order[-p]))
+        # One product for both: the outputs are read and written once.
+        change = torch.cat([self.down[:, low], self.up[:, high]], 1)
+        found.addmm_(torch.cat([rows[:, low], rows[:, high]], 1), change.T)
 
     def best(self) -> int:
         """The candidate with the lowest divergence, the smaller one of equals."""

@@ -218,6 +218,7 @@ def test_bytes_of_one_segment_by_hand() -> None:
         "offset": 0,
         "channel_scale": 0,
         "order": 0,
+        "channels": 0,
     }
     assert bits_per_weight(weight) == 8 * (2304 + 384 + 72) / 4000
 
@@ -233,6 +234,7 @@ def test_bytes_of_all_parts_by_hand() -> None:
     salient, _ = random_segment(20, 8, bits=4, group_size=8, kind="constant")
     rest, _ = random_segment(20, 72, bits=1, group_size=72, kind="offset", channel=True, start=8)
     weight = PackedWeight((20, 80), (salient, rest), torch.randperm(80, generator=torch.Generator().manual_seed(0)))
+    weight = replace(weight, channels=torch.arange(80))
     assert nbytes(weight) == {
         "codes": 2 * 1 * 64 * 4 + 2 * 3 * 64 * 1,
         "scale": 2 * 16 * 1 * 2 + 2 * 16 * 1 * 2,
@@ -240,6 +242,7 @@ def test_bytes_of_all_parts_by_hand() -> None:
         "offset": 2 * 16 * 1 * 2,
         "channel_scale": 72 * 2,
         "order": 80 * 1,
+        "channels": 80 * 1,
     }
 
 

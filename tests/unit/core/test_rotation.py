@@ -7,6 +7,7 @@ import torch
 
 from bitfloor.core import rotation
 from bitfloor.core.affine import encode, pack
+from bitfloor.core.basis import basis_of
 from bitfloor.core.errors import InputError
 from bitfloor.core.packed import dequantize
 from bitfloor.core.rotation import rotate, rotate_both
@@ -78,7 +79,7 @@ def test_a_packed_matrix_is_rotated_back() -> None:
     spec = QuantSpec(8, 8, rotation=16)
     turned = rotate(weight, 16)
     grid = minmax_grid(turned, spec)
-    packed = pack(encode(turned, grid), grid, spec.rotation)
+    packed = pack(encode(turned, grid), grid, basis_of(spec))
     torch.testing.assert_close(dequantize(packed), weight, rtol=0, atol=0.02)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from pico import save_pico
 
-from bitfloor.api import make_job
 from bitfloor.core.errors import InputError
 from bitfloor.modeling.loader import SourceModel, open_source
 from bitfloor.pipeline import plan
 from bitfloor.pipeline.job import assign
+from bitfloor.recipe.job import make_job
 from bitfloor.recipe.load import load_recipe
 
 RECIPE: dict[str, Any] = {"method": {"name": "gptq"}, "spec": {"bits": 3, "group_size": 32}}

@@ -10,11 +10,11 @@ import torch
 from pico import save_pico
 
 from bitfloor import api
-from bitfloor.api import make_job
 from bitfloor.core.errors import InputError
 from bitfloor.modeling.loader import open_source
 from bitfloor.pipeline import quantize
 from bitfloor.pipeline.quantize import make_fingerprint
+from bitfloor.recipe.job import make_job
 from bitfloor.recipe.load import load_recipe
 
 RECIPE: dict[str, Any] = {"method": {"name": "gptq"}, "spec": {"bits": 3, "group_size": 32}}

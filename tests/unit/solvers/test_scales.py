@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bitfloor.core.affine import encode, pack
+from bitfloor.core.basis import basis_of
 from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
@@ -17,7 +18,7 @@ from bitfloor.solvers.scales import TunedScales, tunable
 def packed(spec: QuantSpec, columns: int = 20) -> PackedWeight:
     weight = torch.randn(6, columns, generator=torch.Generator().manual_seed(0))
     grid = minmax_grid(weight, spec)
-    return pack(encode(weight, grid), grid, spec.rotation)
+    return pack(encode(weight, grid), grid, basis_of(spec))
 
 
 SPECS = [

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from bitfloor import api
 from bitfloor.core.errors import InputError
-from bitfloor.pipeline import journal
+from bitfloor.pipeline import journal, student
 from bitfloor.pipeline.events import Event
 from bitfloor.recipe.load import load_recipe
 
@@ -48,6 +48,65 @@ def test_a_tuned_model_is_better_on_text_it_has_not_seen(
     assert not torch.equal(one["model.norm.weight"], other["model.norm.weight"])
 
 
+def stop_after(message: str) -> Callable[[Event], None]:
+    """A listener that kills the run at the first message that begins so."""
+
+    def stop(event: Event) -> None:
+        if event.message.startswith(message):
+            raise KeyboardInterrupt
+
+    return stop
+
+
+@pytest.mark.parametrize("policy", ["budget", "sba"])
+def test_scales_of_mixed_widths_learn_too(policy: str, trained: Path, learned: Any, texts: Any, tmp_path: Path) -> None:
+    recipe = learned("gptq", bits=2)
+    recipe["calibration"] |= {"sequences": 32, "seqlen": 128, "batch_size": 4}
+    recipe["spec"] = {"bits": 2, "group_size": 16, "rotation": 16}
+    recipe["allocation"] = {"policy": policy} | ({"average": 2.25, "sequences": 8} if policy == "budget" else {})
+    messages: list[str] = []
+    api.quantize(trained, tmp_path / "before", recipe)
+    learning = tuned(recipe, steps=24, norms=False)
+    report = api.quantize(trained, tmp_path / "after", learning, progress=lambda event: messages.append(event.message))
+    assert report["tuning"]["after"] < report["tuning"]["before"] and report["tuning"]["note"] is None
+    assert not any("tuning leaves" in message for message in messages)
+    assert nll(tmp_path / "after", texts) < nll(tmp_path / "before", texts) - 0.02
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    # All scales move, and the offsets of one-bit groups with them; codes, zero-points, orders and norms stay.
+    assert one.keys() == other.keys()
+    moved = {name for name in one if not torch.equal(one[name], other[name])}
+    assert moved == {name for name in one if name.endswith((".scale", ".offset"))}
+    assert {"order", "offset"} <= {name.rpartition(".")[2] for name in one}
+    assert {name for name in moved if name.endswith(".scale")} == set(report["tuning"]["tuned"])
+
+
+def test_one_bit_matrices_learn_too(pico: Any, plain: Any, tmp_path: Path) -> None:
+    recipe = {**plain(bits=1), "method": {"name": "rtn", "range": "minmax"}}
+    api.quantize(pico("llama"), tmp_path / "before", recipe)
+    report = api.quantize(pico("llama"), tmp_path / "after", tuned(recipe, rate=0.002, norms=False))
+    assert report["tuning"]["after"] < report["tuning"]["before"]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    moved = {name.rpartition(".")[2] for name in one if not torch.equal(one[name], other[name])}
+    assert moved == {"scale", "offset"}
+
+
+def test_a_run_of_mixed_widths_killed_while_tuning_goes_on_to_the_same_bytes(
+    trained: Path, plain: Any, tmp_path: Path
+) -> None:
+    recipe = tuned(plain(bits=2), steps=8)
+    recipe["calibration"] |= {"sequences": 32, "seqlen": 64, "batch_size": 4}
+    recipe["spec"] = {"bits": 2, "group_size": 16, "rotation": 16}
+    recipe["allocation"] = {"policy": "sba"}
+    report = api.quantize(trained, tmp_path / "whole", recipe)
+    assert report["tuning"]["step"] > 0
+    for message in ("tuning: step 3 ", "tuning: step 7 "):
+        with pytest.raises(KeyboardInterrupt):
+            api.quantize(trained, tmp_path / "out", recipe, progress=stop_after(message))
+    api.quantize(trained, tmp_path / "out", recipe)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert any(name.endswith(".offset") for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2", "qwen3"])
 def test_every_kind_of_model_can_be_tuned(name: str, pico: Any, plain: Any, tmp_path: Path) -> None:
     report = api.quantize(pico(name), tmp_path / "out", tuned(plain(), steps=3))
@@ -61,14 +120,6 @@ def test_a_run_killed_while_tuning_or_writing_goes_on_to_the_same_bytes(
 ) -> None:
     model, recipe = pico("llama"), tuned(plain(), steps=8)
     api.quantize(model, tmp_path / "whole", recipe)
-
-    def stop_after(message: str) -> Callable[[Event], None]:
-        def stop(event: Event) -> None:
-            if event.message.startswith(message):
-                raise KeyboardInterrupt
-
-        return stop
-
     for message in ("tuning: the float", "tuning: step 3 ", "tuning: step 7 "):
         with pytest.raises(KeyboardInterrupt):
             api.quantize(model, tmp_path / "out", recipe, progress=stop_after(message), spill=tmp_path / "spill")
@@ -100,7 +151,9 @@ def test_norms_can_be_left_alone(pico: Any, plain: Any, tmp_path: Path) -> None:
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
 
 
-def test_what_cannot_be_tuned_is_refused_or_said(pico: Any, plain: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_tuned_is_refused_or_said(
+    pico: Any, plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = tuned(plain())
     recipe["calibration"] |= {"batch_size": 4}
     with pytest.raises(InputError, match="make one batch"):
@@ -108,10 +161,15 @@ def test_what_cannot_be_tuned_is_refused_or_said(pico: Any, plain: Any, tmp_path
     assert not (tmp_path / "one").exists()
     with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
         api.quantize(pico("llama"), tmp_path / "one", tuned(plain()))
-    bits = {**tuned(plain(), norms=False), "method": {"name": "rtn", "range": "minmax"}}
-    bits["spec"] = {"bits": 1, "group_size": 32}
-    report = api.quantize(pico("llama"), tmp_path / "bits", bits)
+    # No method makes a matrix whose scales cannot be tuned, but the format has them.
+    monkeypatch.setattr(student, "tunable", lambda weight: False)
+    messages: list[str] = []
+    alone = tuned(plain(), norms=False)
+    report = api.quantize(
+        pico("llama"), tmp_path / "alone", alone, progress=lambda event: messages.append(event.message)
+    )
     assert report["tuning"]["note"] == "nothing was tuned: the model has no scale or norm"
+    assert "tuning leaves the scales of 21 matrices: they have channel scales" in messages
 
 
 @pytest.mark.parametrize("changes", [{"head": {"bits": 16}}, {"embedding": {"bits": 4}, "head": {"bits": 8}}])

@@ -28,8 +28,11 @@ PANEL_COPIES = 10
 # Float32 tensors of the shape of the stacked weights alive at once inside a solver: the permuted and moved copy, codes,
 # and what the error of the result is computed from; in coordinate descent codes, errors, and copies of other strides.
 SOLVER_COPIES = 4
-# Bytes of a group while its scale is tuned: start, factor, two moments, the best so far.
+# Bytes of a group while its scale is tuned: factor, two moments, the best so far, and the start of scale and offset at
+# 16 bits each.
 TUNED_GROUP = 5 * FLOAT
+# Bytes of a column of a matrix with several widths: where it belongs.
+TUNED_COLUMN = 4
 BYTE = 8
 # Float32 copies of a block's weights on the way back: dense, the stack of experts, gradients of both.
 BACKWARD_COPIES = 4
@@ -177,7 +180,7 @@ def _tuning_memory(source: SourceModel, job: Job, assignment: Assignment, data: 
             learnt = ref.kind == "head" and job.recipe["tune"].get("head")
             tables += FLOAT * rows * columns * (HEAD_COPIES if learnt else 1)
         else:
-            codes += rows * columns * (1 if spec.bits < BYTE else 2)
+            codes += held_codes(job, spec, ref.shape)
             groups += rows * -(-columns // spec.columns_per_group(columns))
     states = FLOAT * min(batch, sequences) * seqlen * int(text.hidden_size) * source.map.n_blocks
     logits = LOGIT_COPIES * FLOAT * seqlen * int(text.vocab_size)
@@ -186,6 +189,21 @@ def _tuning_memory(source: SourceModel, job: Job, assignment: Assignment, data: 
     copies = BACKWARD_COPIES + (ROTATED_COPIES if _rotates(assignment) else 0)
     block = copies * FLOAT * _largest_block(assignment)
     return codes + TUNED_GROUP * groups + tables + states + logits + head + block
+
+
+def held_codes(job: Job, spec: QuantSpec, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix's codes while scales are tuned: one a weight, two at 8 bits, and the order of its columns.
+
+    Where a budget has yet to find the widths, all may be the widest.
+    """
+    rows, columns = shape
+    widths = spec.group_widths(columns)
+    if job.searches == "budget" and job.allocation is not None:
+        widths = (max(spec.bits, *job.allocation.widths),) * len(widths)
+    size = spec.columns_per_group(columns)
+    wide = sum(min(size, columns - k * size) for k, bits in enumerate(widths) if bits == BYTE)
+    ordered = job.searches is not None or len(set(widths)) > 1
+    return rows * (columns + wide) + (TUNED_COLUMN * columns if ordered else 0)
 
 
 def _rotates(assignment: Assignment) -> bool:

@@ -153,7 +153,7 @@ class Student:
         if self.lexicon is not None:
             learnt[self.lexicon.name] = self.lexicon.scales
         for name, scales in learnt.items():
-            tensors[f"{name}.scale"] = blocked(scales.scale().to(scales.stored)).cpu()
+            tensors |= {f"{name}.{part}": blocked(values).cpu() for part, values in scales.tensors().items()}
         return tensors
 
     def _vector(self, name: str) -> Tensor:

@@ -125,7 +125,7 @@ class Tuning:
             student, teacher = self._prepare()
         still = sum(len(part.fixed) for part in student.parts)
         if still:
-            self._tell(f"tuning leaves the scales of {still} matrices: offsets, or widths that differ", kind="note")
+            self._tell(f"tuning leaves the scales of {still} matrices: they have channel scales", kind="note")
         train, held = _share(len(self.batches))
         adam = AdamW()
         begun = self._resumed(student, adam)

@@ -9,6 +9,7 @@ import pytest
 from pico import save_pico
 
 from bitfloor.core.errors import InputError
+from bitfloor.core.spec import QuantSpec
 from bitfloor.modeling.loader import SourceModel, open_source
 from bitfloor.pipeline import plan
 from bitfloor.pipeline.job import assign
@@ -75,6 +76,36 @@ def test_learning_needs_its_parameters_and_what_the_way_back_keeps(source: Sourc
     # Targets go where the streams go.
     spilled = [peak(source, (sequences, 64, 4), spill=True, **learned) for sequences in (64, 164)]
     assert spilled[1] == spilled[0]
+
+
+def test_tuning_counts_the_widths_that_groups_may_have(tmp_path: Path) -> None:
+    deep = open_source(save_pico(tmp_path, num_hidden_layers=9))  # what is held of all blocks is the most of all
+
+    def tuned(**changes: Any) -> int:
+        return peak(deep, (4, 32, 1), tune={"steps": 1}, **changes)
+
+    shapes = [ref.shape for ref in deep.map.matrices]
+    order = 4 * sum(columns for _, columns in shapes)
+    codes = sum(rows * columns for rows, columns in shapes)
+    assert tuned(allocation={"policy": "sba"}) - tuned() == order
+    assert tuned(allocation={"policy": "budget"}) - tuned() == order
+    # All groups may have 8 bits, whose codes take two bytes.
+    assert tuned(allocation={"policy": "budget", "widths": [2, 8]}) - tuned() == order + codes
+    assert tuned(spec={"bits": 8, "group_size": 32}) - tuned() == codes
+
+
+def test_widths_of_a_plan_are_counted_as_they_are(source: SourceModel) -> None:
+    job = make_job(load_recipe({**RECIPE, "tune": {"steps": 1}}), source)
+    shape = source.map.matrices[0].shape
+
+    def held(*widths: int) -> int:
+        return plan.held_codes(job, QuantSpec(3, 32, widths=widths), shape)
+
+    rows, columns = shape
+    assert columns == 48 and held() == held(2, 2) == rows * columns
+    # Groups of 32 and 16 columns.
+    assert held(1, 3) == rows * 48 + 4 * 48
+    assert held(2, 8) == rows * (48 + 16) + 4 * 48 and held(8, 2) == rows * (48 + 32) + 4 * 48
 
 
 def test_every_matrix_is_in_the_plan_once(source: SourceModel) -> None:

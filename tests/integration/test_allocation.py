@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,8 +207,8 @@ def test_the_survey_foretells_what_a_rounded_matrix_costs(trained: Path, texts: 
     costs: dict[str, list[torch.Tensor]] = {}
     how = GptqConfig(importance=0.5, damping=0.05, static_groups=False)
 
-    def visit(runner: BlockRunner, stakes: Mapping[str, Stakes]) -> None:
-        for name, own in stakes.items():
+    def visit(runner: BlockRunner, stakes: Iterator[tuple[str, Stakes]]) -> None:
+        for name, own in stakes:
             weight = runner.weight(name).clone()
             found[name] = distortions(weight, own, specs[name], (2, 3), how).sum(0).tolist()
             seen = Shown(own.hessian, None, own.tokens)
@@ -242,8 +242,8 @@ def test_what_is_surveyed_does_not_depend_on_how_sequences_are_batched(trained: 
     for batches in ([ids], list(ids.split(2))):
         source, own = open_source(trained), {}
 
-        def visit(_: BlockRunner, stakes: Mapping[str, Stakes], own: dict[str, torch.Tensor] = own) -> None:
-            own.update({name: stake.rows for name, stake in stakes.items()})
+        def visit(_: BlockRunner, stakes: Iterator[tuple[str, Stakes]], own: dict[str, torch.Tensor] = own) -> None:
+            own.update({name: stake.rows for name, stake in stakes})
 
         survey(source, batches, dict.fromkeys([ref.name for ref in source.map.matrices], 16), visit, SurveyOptions())
         seen.append(own)

@@ -14,7 +14,7 @@ what the columns behind it have made up for. What embedding and head would lose 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,8 +63,8 @@ def plan_by_budget(
     tables: dict[str, Tensor] = {}
     search = search_of(job)
 
-    def visit(runner: BlockRunner, stakes: Mapping[str, Stakes]) -> None:
-        for name, own in stakes.items():
+    def visit(runner: BlockRunner, stakes: Iterator[tuple[str, Stakes]]) -> None:
+        for name, own in stakes:
             specs[name] = replace(specs[name], channels=own.basis.channels)
             tables[name] = distortions(runner.weight(name), own, specs[name], how.widths, search)
 

@@ -24,7 +24,7 @@ and its gradients are in memory.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -61,7 +61,7 @@ class Stakes:
     basis: Basis = field(default_factory=Basis)
 
 
-Visit = Callable[[BlockRunner, Mapping[str, Stakes]], None]
+Visit = Callable[[BlockRunner, Iterator[tuple[str, Stakes]]], None]
 
 
 class Ends(Protocol):
@@ -108,7 +108,7 @@ def survey(
         source: the float model.
         batches: token ids ``[B, T]``; sequences are treated one by one.
         rotations: by the name of every matrix that is looked at.
-        visit: called as ``visit(runner, stakes)`` for every block, with the stakes of its matrices by name.
+        visit: called as ``visit(runner, stakes)`` for every block, with names and stakes of its matrices, one by one.
         options: how.
         ends: told what leaves the last block, and the gradients of what enters the first.
 
@@ -198,16 +198,15 @@ def _stakes(
     sums: Mapping[str, HessianSum],
     bases: Mapping[str, Basis],
     tokens: int,
-) -> dict[str, Stakes]:
-    found = {}
+) -> Iterator[tuple[str, Stakes]]:
     for name, (rows, columns) in fisher.items():
         hessian = bases[name].both(sums[name].total) / tokens
         diagonal = hessian.diagonal().clamp_min(0.0)
         trace = diagonal.sum().clamp_min(1e-30)
         share = (columns / columns.sum().clamp_min(1e-30)) / (diagonal / trace).clamp_min(1e-30)
         scaling = torch.where(diagonal > 0, share, 0.0).sqrt()
-        found[name] = Stakes(rows / trace, hessian * scaling.unsqueeze(1) * scaling, sums[name].rows, bases[name])
-    return found
+        hessian.mul_(scaling.unsqueeze(1)).mul_(scaling)
+        yield name, Stakes(rows / trace, hessian, sums[name].rows, bases[name])
 
 
 def _fisher(

@@ -15,7 +15,7 @@ from bitfloor.pipeline.allocator import OWN_SETTINGS, steady_allocation
 HELD_AFTER_FREEING = """
 import sys, torch
 from bitfloor.pipeline.allocator import steady_allocation
-from bitfloor.pipeline.plan import resident_memory
+from bitfloor.pipeline.memory import resident_memory
 
 if sys.argv[1] == "steady":
     assert steady_allocation()

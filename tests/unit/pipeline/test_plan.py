@@ -11,7 +11,7 @@ from pico import save_pico
 from bitfloor.core.errors import InputError
 from bitfloor.core.spec import QuantSpec
 from bitfloor.modeling.loader import SourceModel, open_source
-from bitfloor.pipeline import plan
+from bitfloor.pipeline import memory, plan
 from bitfloor.pipeline.job import assign
 from bitfloor.recipe.job import make_job
 from bitfloor.recipe.load import load_recipe
@@ -22,7 +22,7 @@ RECIPE: dict[str, Any] = {"method": {"name": "gptq"}, "spec": {"bits": 3, "group
 @pytest.fixture(autouse=True)
 def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this process holds at the moment is no part of the comparison."""
-    monkeypatch.setattr(plan, "resident_memory", lambda: 0)
+    monkeypatch.setattr(memory, "resident_memory", lambda: 0)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> SourceModel:
 
 def peak(source: SourceModel, data: tuple[int, int, int] | None, *, spill: bool = False, **changes: Any) -> int:
     job = make_job(load_recipe({**RECIPE, **changes}), source)
-    return plan.peak_memory(source, job, assign(source.map, job), data, spill=spill)
+    return memory.peak_memory(source, job, assign(source.map, job), data, spill=spill)
 
 
 def test_more_text_needs_more_memory(source: SourceModel) -> None:
@@ -99,7 +99,7 @@ def test_widths_of_a_plan_are_counted_as_they_are(source: SourceModel) -> None:
     shape = source.map.matrices[0].shape
 
     def held(*widths: int) -> int:
-        return plan.held_codes(job, QuantSpec(3, 32, widths=widths), shape)
+        return memory.held_codes(job, QuantSpec(3, 32, widths=widths), shape)
 
     rows, columns = shape
     assert columns == 48 and held() == held(2, 2) == rows * columns
@@ -148,5 +148,17 @@ def test_a_plan_that_does_not_fit(source: SourceModel, monkeypatch: pytest.Monke
 
 
 def test_the_system_says_what_it_has() -> None:
-    available = plan.available_memory("cpu")
+    available = memory.available_memory("cpu")
     assert available is None or available > 1 << 20
+
+
+def test_looking_for_widths_is_counted(source: SourceModel, tmp_path: Path) -> None:
+    """The survey holds one block, its gradients, and one sequence, however deep the model and long the text."""
+    text = (64, 64, 4)
+    assert peak(source, text, allocation={"policy": "sba"}) > peak(source, text)
+    long = {"calibration": {"sequences": 4, "seqlen": 2048}}
+    surveyed = [peak(source, (n, 2048, 1), allocation={"policy": "budget"}, spill=True, **long) for n in (4, 400)]
+    assert surveyed[0] == surveyed[1] > peak(source, (4, 2048, 1), spill=True, **long)
+    deep = open_source(save_pico(tmp_path, num_hidden_layers=9))
+    for policy in ("sba", "budget"):
+        assert peak(deep, text, allocation={"policy": policy}) == peak(source, text, allocation={"policy": policy})

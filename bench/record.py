@@ -49,7 +49,14 @@ UNCOUNTED = ("methods/options.py", "methods/table.py")
 # The last stage, where a recipe has one.
 TUNING = ("pipeline/tune.py", "pipeline/student.py", "solvers/scales.py", "solvers/adamw.py")
 # Finding widths by group, where a recipe does; their solvers are those that these import.
-ALLOCATING = ("methods/allocation.py", "pipeline/allocate.py", "pipeline/budget.py", "pipeline/survey.py")
+ALLOCATING = (
+    "methods/allocation.py",
+    "pipeline/allocate.py",
+    "pipeline/budget.py",
+    "pipeline/choice.py",
+    "pipeline/survey.py",
+    "pipeline/survey_ends.py",
+)
 ALLOCATORS = ("solvers/budget.py", "solvers/salience.py", "solvers/slim_bits.py")
 # Memory and resuming depend on how tensors are read, held and written too.
 RUNNING = ("pipeline", "formats", "modeling")

@@ -44,7 +44,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help=f"folder of the texts; default: ${record.DATA}")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "yardstick", help="folder for the results")
     parser.add_argument("--float", action="store_true", help="also score the model as it is")
-    parser.add_argument("--embedding-bits", type=int, choices=(16, 8, 4), default=16)
+    parser.add_argument("--embedding-bits", type=int, choices=(16, 8, 6, 5, 4), default=16)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; repeatable")
     parser.add_argument("--force", action="store_true", help="measure again what is fresh")
     parser.add_argument("--keep", action="store_true", help="leave the quantized models in the work folder")
@@ -178,6 +178,8 @@ def quantize(preset: str, out: Path, args: argparse.Namespace) -> dict[str, Any]
     sizes = {key: report[key] for key in ("bits_per_linear_weight", "bits_per_parameter", "bytes", "parameters")}
     made_from = {key: report["made_from"][key] for key in ("model", "calibration_tokens", "threads")}
     del spent["returncode"]
+    if "allocation" in report:
+        sizes["allocation"] = {k: v for k, v in report["allocation"].items() if k != "sha256"}
     return {**sizes, "made_from": made_from, "quantization": spent}
 
 

@@ -37,6 +37,7 @@ METHODS: list[dict[str, Any]] = [
     {"name": "rtn", "range": "minmax"},
     {"name": "signround", "steps": 4},
     {"name": "bitfloor", "steps": 4, "optimizer": "adamw"},
+    {"name": "omniquant", "steps": 4},
 ]
 
 

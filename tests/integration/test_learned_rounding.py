@@ -17,7 +17,7 @@ from bitfloor.pipeline.events import Event
 from bitfloor.recipe.load import load_recipe
 
 Recipe = dict[str, Any]
-METHODS = ("signround", "bitfloor")
+METHODS = ("signround", "bitfloor", "omniquant")
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -28,7 +28,7 @@ def hashes(folder: Path) -> dict[str, str]:
     ("architecture", "method"),
     [
         *((name, "bitfloor") for name in sorted(CONFIGS)),
-        *((name, "signround") for name in ("llama", "gpt2", "mixtral")),
+        *((name, method) for name in ("llama", "gpt2", "mixtral") for method in ("signround", "omniquant")),
     ],
 )
 def test_gradients_flow_through_every_kind_of_block(

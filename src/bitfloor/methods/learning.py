@@ -138,6 +138,7 @@ def learn_block(
     learnables: Mapping[str, Learnable],
     schedule: Schedule,
     suppress: float = 0.0,
+    both: bool = False,
 ) -> Outcome:
     """Learn all matrices of a block at once; snapshots of the best step.
 
@@ -151,11 +152,18 @@ def learn_block(
         learnables: by matrix name; the other matrices stay float.
         schedule: how to learn.
         suppress: share of the largest squared errors of a batch that its loss leaves out.
+        both: add what the output is off from the float block's on the very same input, that of the quantized model. The
+            float block runs once more for that at every step, so that nothing is held.
     """
 
     def loss(batch: int, weights: Mapping[str, Tensor]) -> Tensor:
-        output = block.forward(inputs[batch], batch, weights)
-        return mean_square((output - targets[batch].to(output.device))[:, :-1], suppress)
+        x, own = inputs[batch], None
+        if both:
+            with torch.no_grad():
+                own = block.forward(x, batch)
+        output = block.forward(x, batch, weights)
+        value = mean_square((output - targets[batch].to(output.device))[:, :-1], suppress)
+        return value if own is None else value + mean_square((output - own)[:, :-1], suppress)
 
     every = range(len(inputs))
     return optimise(learnables, loss, every, spread(every, FIXED_BATCHES), schedule)

@@ -158,9 +158,41 @@ class BitfloorConfig:
         )
 
 
+@dataclass(frozen=True)
+class OmniquantConfig:
+    """Options of ``method: {name: omniquant}``.
+
+    Args:
+        steps: updates a block; 0 keeps the start, ranges cut by 1.8% on either side.
+        rate: step of AdamW on the logits of the ranges' factors.
+        both: compare the block's output with two of the float block's, on the float model's inputs and on the quantized
+            model's; otherwise only with the first. Costs a forward without gradients at every step.
+        decay: the step falls linearly to zero; otherwise it stays, as published.
+        accumulate, check_every, patience: see :class:`SignroundConfig`.
+    """
+
+    steps: int = 256
+    rate: float = 0.01
+    both: bool = True
+    decay: bool = False
+    accumulate: int = 1
+    check_every: int = 25
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        SignroundConfig(
+            steps=self.steps,
+            rate=self.rate,
+            accumulate=self.accumulate,
+            check_every=self.check_every,
+            patience=self.patience,
+        )
+
+
 OPTIONS: dict[str, type[Any]] = {
     "rtn": RtnConfig,
     "gptq": GptqConfig,
     "signround": SignroundConfig,
     "bitfloor": BitfloorConfig,
+    "omniquant": OmniquantConfig,
 }

@@ -45,12 +45,13 @@ class Schedule:
 
     Args:
         steps: updates; 0 keeps the start.
-        rate: first step of the rounding, in steps of the grid; falls linearly to zero. None is ``1 / steps``.
+        rate: first step of the rounding, in steps of the grid. None is ``1 / steps``.
         range_rate: first step of the ranges; None is ``rate``.
         accumulate: batches whose gradients one update sums.
         check_every: updates between two looks at the fixed batches.
         patience: looks without a new best after which to stop; None = never.
         seed: of the order of batches.
+        decay: both steps fall linearly to zero; otherwise they stay as they are.
     """
 
     steps: int = 200
@@ -60,6 +61,7 @@ class Schedule:
     check_every: int = 20
     patience: int | None = None
     seed: int = 0
+    decay: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def optimise(
     if not math.isfinite(before):
         return Outcome(best, 0, 0, before, before, "the loss is not finite at the start; the start was kept")
     for t in range(schedule.steps):
-        left = 1.0 - t / schedule.steps
+        left = 1.0 - t / schedule.steps if schedule.decay else 1.0
         last = _update(
             learnables, loss, [next(draw) for _ in range(schedule.accumulate)], left * rate, left * range_rate
         )

@@ -195,11 +195,11 @@ def _two_levels(groups: Tensor, valid: Tensor, weights: Tensor | None, dtype: to
     With importances that is only the start: levels around the weighted mean, then the weighted means of the two
     classes, are taken where they lower the weighted error of the stored levels.
     """
-    scale, low = _around_mean(groups, valid, dtype)
+    scale, low = levels(*mean_and_spread(groups, valid), dtype)
     if weights is None:
         return scale, low
     best, codes = _level_error(groups, weights, scale, low)
-    trial = _around_mean(groups, weights, dtype)
+    trial = levels(*mean_and_spread(groups, weights), dtype)
     for _ in range(ROUNDS):
         error, nearest = _level_error(groups, weights, *trial)
         better = error < best
@@ -211,11 +211,15 @@ def _two_levels(groups: Tensor, valid: Tensor, weights: Tensor | None, dtype: to
     return scale, low
 
 
-def _around_mean(groups: Tensor, weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Levels at the (weighted) mean plus and minus the mean distance to it."""
+def mean_and_spread(groups: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted mean of groups ``[..., g]``, and weighted mean distance from it: ``[...]`` each."""
     total = weights.sum(-1)
     mean = (groups * weights).sum(-1) / total
-    spread = ((groups - mean.unsqueeze(-1)).abs() * weights).sum(-1) / total
+    return mean, ((groups - mean.unsqueeze(-1)).abs() * weights).sum(-1) / total
+
+
+def levels(mean: Tensor, spread: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and offset, as stored, of the two levels ``mean +- spread``."""
     return stored_scale(2.0 * spread, dtype), stored(mean - spread, dtype)
 
 

@@ -14,7 +14,8 @@ from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.bitfloor import Bitfloor
 from bitfloor.methods.gptq import Gptq
-from bitfloor.methods.options import BitfloorConfig, GptqConfig, RtnConfig, SignroundConfig
+from bitfloor.methods.omniquant import Omniquant
+from bitfloor.methods.options import BitfloorConfig, GptqConfig, OmniquantConfig, RtnConfig, SignroundConfig
 from bitfloor.methods.rtn import Rtn
 from bitfloor.methods.signround import Signround
 
@@ -27,6 +28,7 @@ METHODS = [
     Signround(SignroundConfig(steps=0)),
     Signround(SignroundConfig(steps=8, rate=0.02)),
     Bitfloor(BitfloorConfig(steps=8, rate=0.02)),
+    Omniquant(OmniquantConfig(steps=8, rate=0.02)),
 ]
 
 

@@ -17,7 +17,8 @@ from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import BlockResult
 from bitfloor.methods.bitfloor import Bitfloor
 from bitfloor.methods.learning import units
-from bitfloor.methods.options import BitfloorConfig, SignroundConfig
+from bitfloor.methods.omniquant import Omniquant
+from bitfloor.methods.options import BitfloorConfig, OmniquantConfig, SignroundConfig
 from bitfloor.methods.signround import Signround
 from bitfloor.modeling.discover import describe
 from bitfloor.solvers.signround import SignRound
@@ -28,6 +29,7 @@ METHODS = (
     Signround(SignroundConfig(steps=STEPS, rate=0.05)),
     Bitfloor(replace(OWN, optimizer="adamw", rate=0.002)),
     Bitfloor(replace(OWN, zero_share=16.0)),
+    Omniquant(OmniquantConfig(steps=STEPS, rate=0.05)),
 )
 
 
@@ -60,7 +62,7 @@ def same(one: BlockResult, other: BlockResult) -> bool:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])  # the last one stores [E, I, O]
-@pytest.mark.parametrize("method", METHODS, ids=["signround", "adamw", "zero-points"])
+@pytest.mark.parametrize("method", METHODS, ids=["signround", "adamw", "zero-points", "omniquant"])
 def test_a_stack_learns_what_its_experts_learn_one_by_one(method: Any, name: str) -> None:
     together, single = run(method, name, BlockRunner), run(method, name, OneByOne)
     assert same(together, single)

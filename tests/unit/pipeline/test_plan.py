@@ -73,6 +73,10 @@ def test_learning_needs_its_parameters_and_what_the_way_back_keeps(source: Sourc
     assert peak(source, text, **own) - kept == 21 * 48 * 80
     pair = [peak(source, (sequences, 64, 4), **own) for sequences in (64, 164)]
     assert pair[1] - pair[0] == 3 * 4 * 100 * 64 * 48
+    # Clipping has nothing of its own for a weight; what it has for a group counts as one byte.
+    clipped = {"method": {"name": "omniquant"}}
+    kept = peak(source, text, **clipped, layers=[{"match": "*.down_proj", "keep": True}])
+    assert peak(source, text, **clipped) - kept == 14 * 48 * 80
     # Targets go where the streams go.
     spilled = [peak(source, (sequences, 64, 4), spill=True, **learned) for sequences in (64, 164)]
     assert spilled[1] == spilled[0]

@@ -33,12 +33,13 @@ KINDS = (
     "bitfloor",
     "bitfloor-fast",
     "bitfloor-tuned",
+    "omniquant",
 )
 
 
 def test_the_promised_presets_exist() -> None:
     promised = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(KINDS, (2, 3, 4))}
-    mixed = {f"slim-llm-w{bits}g64" for bits in (2, 3)}
+    mixed = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(("slim-llm", "slim-llm-plus"), (2, 3))}
     assert promised | mixed | {"gptq-w4g128"} == set(preset_names())
 
 
@@ -50,10 +51,18 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
     assert (recipe.spec.bits, recipe.spec.group_size) == (int(bits), int(group_size))
     method, _, variant = kind.partition("-")
     assert (recipe.allocation is not None) == (method == "slim")
-    assert recipe.method.name == ("gptq" if method == "slim" else method)
+    assert recipe.method.name == {"slim-llm": "gptq", "slim-llm-plus": "omniquant"}.get(kind, method)
     if method == "slim":
         assert recipe.allocation is not None and recipe.allocation.policy == "sba" and not recipe.spec.symmetric
+        assert not recipe.allocation.uniform and recipe.allocation.positional
+        assert recipe.allocation.ranges == "minmax"
+    if kind == "slim-llm":
         assert recipe.method.options["range"] == "sqc"
+    elif recipe.method.name == "omniquant":
+        assert (recipe.method.options["steps"], recipe.method.options["rate"]) == (256, 0.01)
+        assert recipe.method.options["both"] and not recipe.method.options["decay"]
+        # Eight passes over the text.
+        assert 256 * recipe.calibration.batch_size == 8 * recipe.calibration.sequences and not recipe.spec.symmetric
     elif method == "signround":
         assert recipe.method.options["steps"] == {"light": 50, "": 200, "best": 1000}[variant]
         assert recipe.spec.symmetric
@@ -145,7 +154,7 @@ def test_a_mapping_is_not_changed_by_its_overrides() -> None:
         ("spec.bitz=3", "did you mean spec.bits?"),
         ("spec.bits=", "spec.bits = null"),
         ("layers.0.bits=3", "layers = "),
-        ("method.name=gptqq", "did you mean gptq? known methods: bitfloor, gptq, rtn, signround"),
+        ("method.name=gptqq", "did you mean gptq? known methods: bitfloor, gptq, omniquant, rtn, signround"),
         ("method.dampin=1", "did you mean method.damping?"),
         ("method.damping=much", 'method.damping = "much" is not allowed; use a number'),
         ("method.act_order=1", "method.act_order = 1 is not allowed; use true or false"),

@@ -107,12 +107,14 @@ class Fake:
     def __init__(self, script: list[float]) -> None:
         self.script = script
         self.at = 0
+        self.rates: list[tuple[float, float]] = []
 
     def fake_quantized(self) -> Tensor:
         return torch.tensor([[self.script[self.at]]])
 
     def step(self, grad: Tensor, rate: float, range_rate: float) -> None:
         self.at += 1
+        self.rates.append((rate, range_rate))
 
     def snapshot(self) -> int:
         return self.at
@@ -153,6 +155,14 @@ def test_a_batch_that_is_not_finite_ends_the_run_before_anything_moves() -> None
 def test_patience_ends_the_run() -> None:
     assert play([3.0, 2.0, 2.5, 2.4, 1.0], patience=2) == (1, 3, None)
     assert play([3.0, 2.0, 2.5, 2.4, 1.0]) == (4, 4, None)
+
+
+@pytest.mark.parametrize("decay", [True, False])
+def test_rates_fall_linearly_or_stay(decay: bool) -> None:
+    fake = Fake([1.0] * 5)
+    optimise({"w": fake}, lambda _, w: w["w"].sum(), [0], [0], Schedule(4, 0.8, 0.4, decay=decay))
+    left = [1.0, 0.75, 0.5, 0.25] if decay else [1.0] * 4
+    assert fake.rates == [(part * 0.8, part * 0.4) for part in left]
 
 
 def test_a_loss_of_zero_is_fine() -> None:

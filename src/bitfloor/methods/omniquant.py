@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from bitfloor.core.affine import pack
+from bitfloor.core.basis import basis_of
 from bitfloor.core.heap import trim_heap
-from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need
 from bitfloor.methods.learning import learn_block, learnable, learning_of, split, units
@@ -63,7 +63,7 @@ class Omniquant:
         learnt, parts = {}, {}
         for unit, names in tall.items():
             spec = specs[names[0]]
-            learnt[unit], parts[unit] = learnable(rotate(block.weight(unit), spec.rotation), spec, clipped)
+            learnt[unit], parts[unit] = learnable(basis_of(spec).to(block.weight(unit)), spec, clipped)
         schedule = Schedule(
             steps=config.steps,
             rate=config.rate,
@@ -79,7 +79,7 @@ class Omniquant:
         rounded = split(tall, outcome.best, parts)
         for index, name in enumerate(specs):
             codes, grid = rounded[name]
-            result.weights[name] = pack(codes, grid, specs[name].rotation)
+            result.weights[name] = pack(codes, grid, basis_of(specs[name]))
             # What went wrong concerns the whole block; it is said once.
             result.reports[name] = MatrixReport(None, seconds, outcome.note if index == 0 else None)
         trim_heap()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitfloor.calib.stats import HessianSum
@@ -16,10 +17,13 @@ from bitfloor.core.heap import trim_heap
 from bitfloor.core.linalg import all_finite
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, stages
-from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL
+from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL, Errors
+from bitfloor.methods.options import GptqConfig
 from bitfloor.solvers.ranges import search_grid, tempered
 from bitfloor.solvers.salience import group_salience, removal_costs
 from bitfloor.solvers.slim_bits import Sweep, candidates, widths_of
+
+PATIENCE = 2  # further promotions without a gain after which GPTQ is not asked again
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,11 @@ class SbaConfig:
 
     Args:
         uniform: try no promotion at all too.
-        ranges: ``"minmax"`` rounds the candidates as published; ``"search"`` by the searched grids of the project.
+        ranges: ``"minmax"`` rounds the candidates as published; ``"search"`` by the searched grids of the project;
+            ``"gptq"`` by GPTQ on those, with the candidate's widths; what that leaves of the output's error decides.
         importance: exponent of the Hessian's diagonal in that search.
         positional: salience as published, conditional on the order of columns.
-        damping: of the Hessian, relative.
+        damping: of the Hessian, relative, in salience and in GPTQ.
         sort: put input channels into order of their second moment before they are cut into groups.
     """
 
@@ -65,7 +70,7 @@ def allocate_block(
     """Widths of all groups of a block's matrices.
 
     As published, salience is that of the float block on the quantized model's inputs, all matrices of the block at
-    once; those fed by one tensor share its inverse Hessian. Two passes of the block.
+    once; those fed by one tensor share its inverse Hessian. Two passes of the block, or one with ``ranges: gptq``.
 
     Args:
         block: the float block.
@@ -98,6 +103,11 @@ def allocate_block(
             continue
         channels = by_size(seen.total.diagonal()) if config.sort else ()
         bases.update({name: Basis(channels, specs[name].rotation) for name in group})
+        if config.ranges == "gptq":
+            for name in group:
+                weight, hessian = bases[name].to(block.weight(name)), bases[name].both(seen.total)
+                found[name] = _by_errors(weight, hessian, specs[name], config, channels)
+            continue
         inputs_of = {basis: _seen(seen.total, basis, config) for basis in dict.fromkeys(bases[n] for n in group)}
         sweeps[group[0]] = {
             name: _sweep(bases[name].to(block.weight(name)), inputs_of[bases[name]], specs[name], config)
@@ -114,7 +124,9 @@ def allocate_block(
                 turned[basis] = basis.to(x.float())
             sweep.add(turned[basis])
 
-    block.observe((inputs[i] for i in range(len(inputs) if few is None else min(few, len(inputs)))), add, list(sweeps))
+    if sweeps:
+        looked_at = range(len(inputs) if few is None else min(few, len(inputs)))
+        block.observe((inputs[i] for i in looked_at), add, list(sweeps))
     for own in sweeps.values():
         for name, sweep in own.items():
             found[name] = _widths(sweep, specs[name], bases[name].channels)
@@ -150,6 +162,30 @@ def _sweep(weight: Tensor, seen: _Input, spec: QuantSpec, config: SbaConfig) -> 
         return decode(encode(weight, grid), grid)
 
     return Sweep(weight, rounded, salience, size, candidates(len(salience), config.uniform))
+
+
+def _by_errors(
+    weight: Tensor, hessian: Tensor, spec: QuantSpec, config: SbaConfig, channels: tuple[int, ...]
+) -> Widths:
+    """Widths by what GPTQ with them leaves of the output's error; ``p`` rises until it has not gained for a while."""
+    costs = removal_costs(hessian, damping=config.damping, positional=config.positional)
+    salience = group_salience(weight, costs, spec.columns_per_group(weight.shape[1]))
+    how = GptqConfig(importance=config.importance, damping=config.damping, static_groups=False)
+    errors = Errors(weight, hessian, weight.new_ones(len(weight)), spec, how)
+    energy = max(float(((weight @ hessian) * weight).sum(dtype=torch.float64)), 1e-300)
+    left: dict[int, float] = {}
+    best = 0
+    for p in candidates(len(salience), config.uniform):
+        left[p] = float(errors.of(widths_of(salience, spec.bits, p)).sum()) / energy
+        best = min(left, key=left.__getitem__)
+        if p - best >= PATIENCE:
+            break
+    why = {
+        "salience": [float(f"{value:.6g}") for value in salience.tolist()],
+        "promoted": best,
+        "error": {str(p): float(f"{value:.6g}") for p, value in left.items()},
+    }
+    return Widths(widths_of(salience, spec.bits, best), why, channels)
 
 
 def _widths(sweep: Sweep, spec: QuantSpec, channels: tuple[int, ...]) -> Widths:

@@ -203,6 +203,40 @@ def solve(weight: Tensor, shown: Shown, spec: QuantSpec, config: GptqConfig) -> 
     return solved, note
 
 
+class Errors:
+    """What GPTQ leaves of a matrix's output error, group by group, for any widths: to compare widths by.
+
+    Its scaled errors split the error of the output among columns, each with what the columns behind it have made up
+    for. The error is that by the damped Hessian.
+
+    Args:
+        weight: ``[O, I]`` in the basis of ``spec``.
+        hessian: ``[I, I]`` of its inputs, likewise.
+        rows: ``[O]``, how much an output counts.
+        spec: storage, widths aside.
+        config: importance and damping.
+    """
+
+    def __init__(self, weight: Tensor, hessian: Tensor, rows: Tensor, spec: QuantSpec, config: GptqConfig) -> None:
+        self.weight, self.hessian, self.rows = weight, hessian, rows
+        self.size = spec.columns_per_group(weight.shape[1])
+        self.spec = replace(spec, group_size=self.size, widths=())
+        self.importance = tempered(hessian.diagonal(), config.importance)
+        self.factor = factorise(hessian, self.size, damping=config.damping, act_order=True, whole_groups=True)
+
+    def of(self, widths: Sequence[int]) -> Tensor:
+        """``sum_i r_i sum_{j in k} e_ij^2`` of every group, float64 ``[G]``, with these widths."""
+        bits = torch.tensor(widths)
+
+        def find(group: int, part: Tensor, at: Tensor) -> Grid:
+            return search_grid(part, self.importance[at], self.spec, bits[group : group + 1])
+
+        grids = GridSearch(self.size, find)
+        found = gptq(self.weight, self.hessian, grids, factor=self.factor, counted=self.rows).errors
+        assert found is not None
+        return found
+
+
 @dataclass(frozen=True)
 class Shown:
     """Sums over what entered a layer, ``X`` in the float model and ``X'`` in the quantized one.

@@ -171,7 +171,7 @@ class OmniquantConfig:
         accumulate, check_every, patience: see :class:`SignroundConfig`.
     """
 
-    steps: int = 256
+    steps: int = 200
     rate: float = 0.01
     both: bool = True
     decay: bool = False

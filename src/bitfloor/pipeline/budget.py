@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from bitfloor.calib.block import BlockRunner
-from bitfloor.core.affine import Grid
 from bitfloor.core.bit_plan import BitPlan
 from bitfloor.core.errors import InputError
 from bitfloor.core.spec import MatrixRef, QuantSpec
-from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL
+from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL, Errors
 from bitfloor.methods.options import GptqConfig
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.choice import BYTE, Item, as_sorted, budget_bits, choose, uniform_sizes
@@ -35,8 +34,6 @@ from bitfloor.pipeline.layouts import stored_size
 from bitfloor.pipeline.run import RunOptions
 from bitfloor.pipeline.survey import Stakes, SurveyOptions, survey
 from bitfloor.pipeline.survey_ends import Ends
-from bitfloor.solvers.gptq import GridSearch, factorise, gptq
-from bitfloor.solvers.ranges import search_grid, tempered
 from bitfloor.solvers.slim_bits import candidates
 
 
@@ -113,24 +110,11 @@ def distortions(weight: Tensor, stakes: Stakes, spec: QuantSpec, widths: Sequenc
     """
     weight = stakes.basis.to(weight)
     columns = weight.shape[1]
-    size = spec.columns_per_group(columns)
-    groups = -(-columns // size)
-    hessian = stakes.hessian
-    if stakes.tokens < MIN_TOKENS_PER_CHANNEL * columns or not float(hessian.diagonal().sum()) > 0:
-        return torch.full((groups, len(widths)), torch.nan, dtype=torch.float64)
-    importance = tempered(hessian.diagonal(), how.importance)
-    factor = factorise(hessian, size, damping=how.damping, act_order=True, whole_groups=True)
-    found = []
-    for bits in widths:
-        own = replace(spec, bits=bits, group_size=size, widths=())
-
-        def find(_: int, part: Tensor, at: Tensor, own: QuantSpec = own) -> Grid:
-            return search_grid(part, importance[at], own)
-
-        result = gptq(weight, hessian, GridSearch(size, find), factor=factor, counted=stakes.rows)
-        assert result.errors is not None
-        found.append(0.5 * result.errors)
-    return torch.stack(found, 1)
+    if stakes.tokens < MIN_TOKENS_PER_CHANNEL * columns or not float(stakes.hessian.diagonal().sum()) > 0:
+        return torch.full((len(spec.group_widths(columns)), len(widths)), torch.nan, dtype=torch.float64)
+    errors = Errors(weight, stakes.hessian, stakes.rows, spec, how)
+    groups = len(spec.group_widths(columns))
+    return 0.5 * torch.stack([errors.of((bits,) * groups) for bits in widths], 1)
 
 
 def check_budget(job: Job, assignment: Assignment) -> None:

@@ -55,7 +55,8 @@ def _allocation(recipe: Recipe) -> Allocation | None:
         return None
     importance = float(recipe.method.options.get("importance", SbaConfig.importance))
     tables = tuple(sorted(set(part.tables or ())))
-    search = SbaConfig(part.uniform, part.ranges, importance, part.positional, sort=part.sort)
+    damping = float(recipe.method.options.get("damping", SbaConfig.damping))
+    search = SbaConfig(part.uniform, part.ranges, importance, part.positional, damping, part.sort)
     return Allocation(
         part.policy,
         part.average,

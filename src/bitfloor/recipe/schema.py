@@ -183,7 +183,9 @@ class AllocationPart(_Part):
     sort: bool = Field(default=False, description="true or false")
     sequences: Count | None = Field(default=None, description="null (all), or a positive number of sequences")
     uniform: bool = Field(default=False, description="true or false (policy sba)")
-    ranges: Literal["minmax", "search"] = Field(default="minmax", description="minmax or search (policy sba)")
+    ranges: Literal["minmax", "search", "gptq"] = Field(
+        default="minmax", description="minmax, search or gptq (policy sba)"
+    )
     positional: bool = Field(default=True, description="true or false (policy sba)")
     plan: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="null, or a file made by bitfloor allocate"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from bitfloor.core.spec import MatrixRef, QuantSpec
 from bitfloor.methods.gptq import Gptq, Shown, solve
 from bitfloor.methods.options import GptqConfig
 from bitfloor.modeling.loader import open_source
-from bitfloor.pipeline.budget import distortions
+from bitfloor.pipeline.budget import item_of
 from bitfloor.pipeline.choice import Item, budget_bits, choose
 from bitfloor.pipeline.events import Event
 from bitfloor.pipeline.job import Allocation, Job, assign
@@ -47,14 +47,11 @@ def mixed(small: dict[str, Any], allocation: dict[str, Any], method: dict[str, A
     return recipe
 
 
-def items_of(
-    specs: Mapping[str, QuantSpec],
-    refs: Mapping[str, MatrixRef],
-    tables: Mapping[str, torch.Tensor],
-    average: float,
-    widths: tuple[int, ...] = (1, 2, 3, 4, 5),
-) -> dict[str, Item]:
-    return {n: Item(refs[n], s, widths, tables[n].double(), budget_bits(refs[n], s, average)) for n, s in specs.items()}
+def uniform_item(ref: MatrixRef, spec: QuantSpec, losses: list[float], average: float, widths: list[int]) -> Item:
+    """A matrix whose groups all have one of the widths."""
+    groups = len(spec.group_widths(ref.shape[1]))
+    options = tuple((bits,) * groups for bits in widths)
+    return Item(ref, spec, options, torch.tensor(losses, dtype=torch.float64), budget_bits(ref, spec, average))
 
 
 def plan_of(folder: Path) -> dict[str, Any]:
@@ -134,13 +131,18 @@ def test_a_budget_is_kept(average: float, sort: bool, pico: Any, small: dict[str
 
 
 def test_one_budget_a_matrix_keeps_each_to_its_own(pico: Any, small: dict[str, Any], tmp_path: Path) -> None:
-    recipe = mixed(small, BUDGET | {"scope": "matrix"}, METHODS[1], bits=3, group_size=8)
-    uniform = {m["name"]: m["bytes"] for m in api.plan(pico("llama"), recipe | {"allocation": None})["matrices"]}
+    recipe = mixed(small, BUDGET | {"scope": "matrix", "average": 3.5}, METHODS[1], bits=3, group_size=8)
+
+    def sizes(**changes: Any) -> dict[str, int]:
+        planned = api.plan(pico("llama"), recipe | changes)["matrices"]
+        return {matrix["name"]: matrix["bytes"] for matrix in planned}
+
+    narrow, wide = (sizes(allocation=None, spec={"bits": bits, "group_size": 8}) for bits in (3, 4))
     api.quantize(pico("llama"), tmp_path / "out", recipe)
-    again = recipe | {"allocation": {"plan": str(tmp_path / "out" / "plan.json")}}
-    planned = api.plan(pico("llama"), again)["matrices"]
-    assert all(matrix["bytes"] <= uniform[matrix["name"]] for matrix in planned)
-    assert any(len(set(m["widths"])) > 1 for m in plan_of(tmp_path / "out")["matrices"].values())
+    found = sizes(allocation={"plan": str(tmp_path / "out" / "plan.json")})
+    plan = plan_of(tmp_path / "out")["matrices"]
+    assert plan and all(2 * found[name] <= narrow[name] + wide[name] for name in plan)
+    assert any(len(set(matrix["widths"])) > 1 for matrix in plan.values())
 
 
 def test_the_promise_is_kept_by_what_pays_more_for_one_bit(pico: Any, small: dict[str, Any], tmp_path: Path) -> None:
@@ -203,7 +205,8 @@ def test_the_survey_foretells_what_a_rounded_matrix_costs(trained: Path, texts: 
         torch.tensor(tokenizer(Path(text.partition(":")[0]).read_text("utf-8"))["input_ids"][: 16 * 128]).view(16, 128)
         for text in (texts.calibration, texts.evaluation)
     ]
-    specs = {ref.name: QuantSpec(2, 16) for ref in source.map.matrices}
+    refs = {ref.name: ref for ref in source.map.matrices}
+    specs = dict.fromkeys(refs, QuantSpec(2, 16))
     found: dict[str, list[float]] = {}
     costs: dict[str, list[torch.Tensor]] = {}
     how = GptqConfig(importance=0.5, damping=0.05, static_groups=False)
@@ -211,7 +214,9 @@ def test_the_survey_foretells_what_a_rounded_matrix_costs(trained: Path, texts: 
     def visit(runner: BlockRunner, stakes: Iterator[tuple[str, Stakes]]) -> None:
         for name, own in stakes:
             weight = runner.weight(name).clone()
-            found[name] = distortions(weight, own, specs[name], (2, 3), how).sum(0).tolist()
+            item = item_of(refs[name], specs[name], weight, own, Allocation("budget", widths=(2, 3)), how)
+            assert len(item.options) > 2 and item.options[:2] == tuple((b,) * len(item.options[0]) for b in (2, 3))
+            found[name] = item.losses[:2].tolist()
             seen = Shown(own.hessian, None, own.tokens)
             solved = [solve(weight, seen, replace(specs[name], bits=bits), how)[0] for bits in (2, 3)]
             costs[name] = [decode(each.codes, each.grid) for each in solved]
@@ -253,15 +258,31 @@ def test_what_is_surveyed_does_not_depend_on_how_sequences_are_batched(trained: 
 
 def test_what_keeps_its_width_pays_from_the_common_budget() -> None:
     refs = {name: MatrixRef(name, name, (64, 128), 0, "linear") for name in "abc"}
-    specs = dict.fromkeys(refs, QuantSpec(4, 32))
-    falling = torch.tensor([[16.0, 4.0, 1.0, 0.25, 0.06]]).repeat(4, 1)
-    tables = {"a": falling, "b": 3.0 * falling, "c": torch.full((4, 5), torch.nan)}
-    plan = choose("m", Allocation("budget", average=3.5), items_of(specs, refs, tables, 3.5))
-    assert set(plan.matrices["c"].widths) == {4} and "note" in plan.matrices["c"].why
+    spec, widths, losses = QuantSpec(4, 32), [1, 2, 3, 4, 5], [16.0, 4.0, 1.0, 0.25, 0.06]
+
+    def items(average: float) -> dict[str, Item]:
+        found = {
+            "a": uniform_item(refs["a"], spec, losses, average, widths),
+            "b": uniform_item(refs["b"], spec, [3.0 * loss for loss in losses], average, widths),
+        }
+        return {**found, "c": uniform_item(refs["c"], spec, [0.0], average, [4])}
+
+    plan = choose("m", Allocation("budget", average=3.7), items(3.7))
+    assert set(plan.matrices["c"].widths) == {4}
     assert plan.summary["bits_per_weight"] <= plan.summary["budget_bits_per_weight"]
     assert sum(plan.matrices["b"].widths) > sum(plan.matrices["a"].widths)
     with pytest.raises(InputError, match="too little of the budget"):
-        choose("m", Allocation("budget", average=1.7), items_of(specs, refs, tables, 1.7))
+        choose("m", Allocation("budget", average=1.7), items(1.7))
+
+
+def test_a_matrix_that_few_tokens_reached_keeps_its_width() -> None:
+    ref, spec = MatrixRef("a", "a", (8, 32), 0, "linear"), QuantSpec(3, 8)
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    for tokens, many in ((2, False), (4096, True)):
+        own = Stakes(torch.ones(8), torch.eye(32), tokens)
+        item = item_of(ref, spec, weight, own, Allocation("budget"), GptqConfig())
+        assert (len(item.options) > 5) == many and ("note" in item.why) != many
+        assert many or item.options == ((3, 3, 3, 3),)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -280,7 +301,7 @@ def test_embedding_and_head_may_share_the_budget(name: str, pico: Any, small: di
     api.quantize(pico(name), tmp_path / "again", again)
     assert tensors(tmp_path / "again") == tensors(tmp_path / "out")
     plan = plan_of(tmp_path / "out")
-    table = next(n for n, matrix in plan["matrices"].items() if "widths" in matrix["why"])
+    table = next(n for n, matrix in plan["matrices"].items() if "distortion" not in matrix["why"])
     plan["matrices"][table]["widths"][0] = 5
     (tmp_path / "edited.json").write_text(json.dumps(plan), encoding="utf-8")
     with pytest.raises(InputError, match="a table has one"):
@@ -303,7 +324,7 @@ def test_what_a_table_loses_is_foretold(trained: Path, texts: Any) -> None:
         base = model(ids).logits.log_softmax(-1)
         table = model.get_input_embeddings().weight.data
         kept = table.clone()
-        for bits, foretold in zip(item.widths, item.losses[0].tolist(), strict=True):
+        for (bits, *_), foretold in zip(item.options, item.losses.tolist(), strict=True):
             table.copy_(rounded(kept, QuantSpec(8, 32), bits))
             logs = model(ids).logits.log_softmax(-1)
             actual = float((base.exp() * (base - logs)).sum(-1).mean())
@@ -349,7 +370,6 @@ def test_a_bit_plan_alone_is_the_plan_of_the_run(pico: Any, small: dict[str, Any
 def test_where_padding_takes_the_rest_every_matrix_is_as_small_as_it_can_be() -> None:
     """Symmetric groups of 16 in 48 columns: one bit costs what two do until columns are padded to tiles."""
     ref, spec = MatrixRef("a", "a", (16, 48), 0, "linear"), QuantSpec(2, 16, True)
-    tables = {"a": torch.tensor([[4.0, 1.0, 0.3, 0.1]]).repeat(3, 1)}
     how = Allocation("budget", average=1.8, widths=(1, 2, 3, 8))
-    plan = choose("m", how, items_of({"a": spec}, {"a": ref}, tables, 1.8, how.widths))
+    plan = choose("m", how, {"a": uniform_item(ref, spec, [4.0, 1.0, 0.3, 0.1], 1.8, list(how.widths))})
     assert plan.summary["bits_per_weight"] <= plan.summary["budget_bits_per_weight"]

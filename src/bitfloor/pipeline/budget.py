@@ -8,8 +8,9 @@
 | ``c[k, b]`` | stored bits of the group: codes, scales, zero-points or offsets, padding |
 
 GPTQ's scaled errors split the error of the output among columns exactly, ``(D H D^T)_ii = sum_j e_ij^2``, each with
-what the columns behind it have made up for. What embedding and head would lose is measured instead
-(:mod:`bitfloor.pipeline.survey_ends`), in the same unit.
+what the columns behind it have made up for. From these come plans for single matrices (:func:`proposals`); what each
+plan loses is then found by GPTQ with its widths, and among those the budget chooses. What embedding and head would lose
+is measured instead (:mod:`bitfloor.pipeline.survey_ends`), in the same unit.
 """
 
 from __future__ import annotations
@@ -28,13 +29,17 @@ from bitfloor.core.spec import MatrixRef, QuantSpec
 from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL, Errors
 from bitfloor.methods.options import GptqConfig
 from bitfloor.modeling.loader import SourceModel
-from bitfloor.pipeline.choice import BYTE, Item, as_sorted, budget_bits, choose, uniform_sizes
-from bitfloor.pipeline.job import Assignment, Job
+from bitfloor.pipeline.choice import BYTE, Item, as_sorted, budget_bits, choose, group_costs, uniform_sizes
+from bitfloor.pipeline.job import Allocation, Assignment, Job
 from bitfloor.pipeline.layouts import stored_size
 from bitfloor.pipeline.run import RunOptions
 from bitfloor.pipeline.survey import Stakes, SurveyOptions, survey
 from bitfloor.pipeline.survey_ends import Ends
+from bitfloor.solvers.budget import allot
 from bitfloor.solvers.slim_bits import candidates
+
+# Mean widths, from the average, for which a matrix is asked what its best plan would lose.
+AROUND = (-0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 def plan_by_budget(
@@ -57,27 +62,20 @@ def plan_by_budget(
     how = job.allocation
     assert how is not None
     specs = {name: spec for name, spec in assignment.specs.items() if assignment.refs[name].block >= 0}
-    tables: dict[str, Tensor] = {}
+    items: dict[str, Item] = {}
     search = search_of(job)
 
     def visit(runner: BlockRunner, stakes: Iterator[tuple[str, Stakes]]) -> None:
         for name, own in stakes:
-            specs[name] = replace(specs[name], channels=own.basis.channels)
-            tables[name] = distortions(runner.weight(name), own, specs[name], how.widths, search)
+            spec = replace(specs[name], channels=own.basis.channels)
+            items[name] = item_of(assignment.refs[name], spec, runner.weight(name), own, how, search)
 
     looking = SurveyOptions(job.products, options.device, int(job.recipe.get("seed", 0)), folder, how.sort)
     rotations = {name: spec.rotation for name, spec in specs.items()}
     ends = Ends(source, assignment, how.tables, looking) if how.tables else None
     survey(source, few(batches, how.sequences), rotations, visit, looking, ends)
-    items = {}
-    for name, spec in specs.items():
-        ref = assignment.refs[name]
-        # The order of channels is paid for from the budget of a matrix without one.
-        own = budget_bits(ref, replace(spec, channels=()), how.average)
-        items[name] = Item(ref, spec, how.widths, tables[name].cpu(), own)
-    if ends is not None:
-        items.update(ends.items())
-    return choose(source.fingerprint, how, items)
+    tables = {} if ends is None else ends.items()
+    return choose(source.fingerprint, how, {**{name: items[name] for name in specs}, **tables})
 
 
 def few(batches: Sequence[Tensor], sequences: int | None) -> list[Tensor]:
@@ -98,23 +96,57 @@ def search_of(job: Job) -> GptqConfig:
     return GptqConfig(**{"importance": 0.5, "damping": 0.05, "static_groups": False, **known})
 
 
-def distortions(weight: Tensor, stakes: Stakes, spec: QuantSpec, widths: Sequence[int], how: GptqConfig) -> Tensor:
-    """``d [G, B]`` float64 of one matrix; NaN where too few tokens entered it to say anything.
+def item_of(
+    ref: MatrixRef, spec: QuantSpec, weight: Tensor, stakes: Stakes, allocation: Allocation, search: GptqConfig
+) -> Item:
+    """A matrix with the plans it may be stored by, and what GPTQ with each would lose.
+
+    Plans are all groups at one width, and for some mean widths the best by the groups' own losses. Those are not the
+    whole truth: a coarse group pushes its error into the groups behind it, which then lose more, or less if they are
+    fine. So every plan is tried, and what GPTQ leaves with it is what counts.
 
     Args:
+        ref: the matrix.
+        spec: its storage, widths aside; channels as in the basis of ``stakes``.
         weight: ``[O, I]`` float32, as the model has it.
-        stakes: in the basis it will be stored in.
-        spec: storage.
-        widths: to be tried.
-        how: options of GPTQ.
+        stakes: what is known of it.
+        allocation: widths and average.
+        search: options of GPTQ.
     """
-    weight = stakes.basis.to(weight)
     columns = weight.shape[1]
-    if stakes.tokens < MIN_TOKENS_PER_CHANNEL * columns or not float(stakes.hessian.diagonal().sum()) > 0:
-        return torch.full((len(spec.group_widths(columns)), len(widths)), torch.nan, dtype=torch.float64)
-    errors = Errors(weight, stakes.hessian, stakes.rows, spec, how)
+    # The order of channels is paid for from the budget of a matrix without one.
+    budget = budget_bits(ref, replace(spec, channels=()), allocation.average)
     groups = len(spec.group_widths(columns))
-    return 0.5 * torch.stack([errors.of((bits,) * groups) for bits in widths], 1)
+    if stakes.tokens < MIN_TOKENS_PER_CHANNEL * columns or not float(stakes.hessian.diagonal().sum()) > 0:
+        note = {"note": "too few tokens of the survey entered it; all groups keep its width"}
+        return Item(ref, spec, (spec.group_widths(columns),), torch.zeros(1), budget, note)
+    errors = Errors(stakes.basis.to(weight), stakes.hessian, stakes.rows, spec, search)
+    uniform = [(bits,) * groups for bits in allocation.widths]
+    table = 0.5 * torch.stack([errors.of(plan).cpu() for plan in uniform], 1)
+    losses = dict(zip(uniform, table.sum(0).tolist(), strict=True))
+    average = spec.bits if allocation.average is None else allocation.average
+    for plan in proposals(table, ref, spec, allocation.widths, average):
+        if plan not in losses:
+            losses[plan] = 0.5 * float(errors.of(plan).sum())
+    told = [[float(f"{value:.6g}") for value in row] for row in table.tolist()]
+    tried = [[float(f"{sum(plan) / groups:.6g}"), float(f"{loss:.6g}")] for plan, loss in losses.items()]
+    why = {"distortion": told, "tried": tried}
+    return Item(ref, spec, tuple(losses), torch.tensor(list(losses.values()), dtype=torch.float64), budget, why)
+
+
+def proposals(
+    table: Tensor, ref: MatrixRef, spec: QuantSpec, widths: Sequence[int], average: float
+) -> list[tuple[int, ...]]:
+    """Widths of every group for mean widths around the average, best by the groups' own losses ``[G, B]``."""
+    cost = group_costs(ref, spec, widths)
+    orders = BYTE * (len(table) * (1 if len(table) <= 256 else 2))
+    found = []
+    for target in dict.fromkeys(min(max(average + step, widths[0]), widths[-1]) for step in AROUND):
+        budget = budget_bits(ref, replace(spec, channels=()), target) - orders
+        budget -= BYTE * (stored_size(ref, spec) - stored_size(ref, replace(spec, channels=())))
+        if budget >= float(cost.amin(1).sum()):
+            found.append(tuple(widths[i] for i in allot(table, cost, budget).choice.tolist()))
+    return found
 
 
 def check_budget(job: Job, assignment: Assignment) -> None:

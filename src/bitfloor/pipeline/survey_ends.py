@@ -59,8 +59,10 @@ class Ends:
         found = {}
         for name, spec in self.specs.items():
             ref = self.refs[name]
-            losses = self.losses[name].cummin(0).values.unsqueeze(0)
-            found[name] = Item(ref, spec, self.widths, losses, budget_bits(ref, spec, None), {"widths": self.widths})
+            groups = len(spec.group_widths(ref.shape[1]))
+            options = tuple((bits,) * groups for bits in self.widths)
+            tried = [[bits, float(f"{loss:.6g}")] for bits, loss in zip(self.widths, self.losses[name], strict=True)]
+            found[name] = Item(ref, spec, options, self.losses[name], budget_bits(ref, spec, None), {"tried": tried})
         return found
 
     @torch.no_grad()

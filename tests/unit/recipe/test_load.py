@@ -39,7 +39,8 @@ KINDS = (
 
 def test_the_promised_presets_exist() -> None:
     promised = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(KINDS, (2, 3, 4))}
-    mixed = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(("slim-llm", "slim-llm-plus"), (2, 3))}
+    kinds = ("slim-llm", "slim-llm-plus", "slim-tuned", "bitfloor-mixed")
+    mixed = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(kinds, (2, 3))}
     assert promised | mixed | {"gptq-w4g128"} == set(preset_names())
 
 
@@ -50,22 +51,27 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
     bits, group_size = storage.removeprefix("w").split("g")
     assert (recipe.spec.bits, recipe.spec.group_size) == (int(bits), int(group_size))
     method, _, variant = kind.partition("-")
-    assert (recipe.allocation is not None) == (method == "slim")
-    assert recipe.method.name == {"slim-llm": "gptq", "slim-llm-plus": "omniquant"}.get(kind, method)
-    if method == "slim":
-        assert recipe.allocation is not None and recipe.allocation.policy == "sba" and not recipe.spec.symmetric
-        assert not recipe.allocation.uniform and recipe.allocation.positional
-        assert recipe.allocation.ranges == "minmax"
+    policies = {"slim-llm": "sba", "slim-llm-plus": "sba", "slim-tuned": "sba", "bitfloor-mixed": "budget"}
+    assert (None if recipe.allocation is None else recipe.allocation.policy) == policies.get(kind)
+    methods = {"slim-llm": "gptq", "slim-llm-plus": "omniquant", "slim-tuned": "bitfloor"}
+    assert recipe.method.name == methods.get(kind, method)
+    if recipe.allocation is not None:
+        assert not recipe.spec.symmetric
+        published = (recipe.allocation.uniform, recipe.allocation.positional, recipe.allocation.ranges)
+        assert published == ((True, False, "gptq") if kind == "slim-tuned" else (False, True, "minmax"))
+    if kind in ("slim-tuned", "bitfloor-mixed"):
+        plain = load_recipe(f"bitfloor-{storage}")
+        assert (recipe.method, recipe.spec, recipe.embedding) == (plain.method, plain.spec, plain.embedding)
     if kind == "slim-llm":
         assert recipe.method.options["range"] == "sqc"
     elif recipe.method.name == "omniquant":
-        assert (recipe.method.options["steps"], recipe.method.options["rate"]) == (256, 0.01)
-        assert recipe.method.options["both"] and not recipe.method.options["decay"]
-        # Eight passes over the text.
-        assert 256 * recipe.calibration.batch_size == 8 * recipe.calibration.sequences and not recipe.spec.symmetric
+        assert (recipe.method.options["steps"], recipe.method.options["rate"]) == (200, 0.01)
+        assert recipe.method.options["both"] and not recipe.method.options["decay"] and not recipe.spec.symmetric
     elif method == "signround":
         assert recipe.method.options["steps"] == {"light": 50, "": 200, "best": 1000}[variant]
         assert recipe.spec.symmetric
+    elif kind == "slim-tuned":
+        pass  # as bitfloor, see above
     elif method == "bitfloor":
         assert (recipe.method.options["steps"] == 0) == (variant == "fast") and not recipe.spec.symmetric
         assert (recipe.tune is not None) == (variant == "tuned")

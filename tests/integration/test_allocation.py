@@ -186,6 +186,22 @@ def test_what_cannot_be_is_refused_and_nothing_written(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_an_edited_plan_is_told_as_what_it_is(pico: Any, small: dict[str, Any], tmp_path: Path) -> None:
+    recipe = mixed(small, BUDGET | {"average": 2.5}, METHODS[1])
+    first = api.quantize(pico("llama"), tmp_path / "out", recipe)["allocation"]
+    plan = plan_of(tmp_path / "out")
+    same = recipe | {"allocation": {"plan": str(tmp_path / "out" / "plan.json")}}
+    again = api.quantize(pico("llama"), tmp_path / "same", same)
+    assert again["allocation"] == first and first["gap"] >= 0
+    for matrix in plan["matrices"].values():
+        matrix["widths"] = [3] * len(matrix["widths"])
+    (tmp_path / "edited.json").write_text(json.dumps(plan), encoding="utf-8")
+    other = recipe | {"allocation": {"plan": str(tmp_path / "edited.json")}}
+    report = api.quantize(pico("llama"), tmp_path / "other", other)
+    told = report["allocation"]
+    assert "gap" not in told and told["bits_per_weight"] == pytest.approx(report["bits_per_linear_weight"])
+
+
 def test_a_plan_of_another_model_is_refused(pico: Any, small: dict[str, Any], tmp_path: Path) -> None:
     api.quantize(pico("llama"), tmp_path / "out", mixed(small, SBA, METHODS[1]))
     again = mixed(small, {"plan": str(tmp_path / "out" / "plan.json")}, METHODS[1])

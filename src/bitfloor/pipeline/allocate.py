@@ -15,6 +15,7 @@ from bitfloor.pipeline.budget import plan_by_budget
 from bitfloor.pipeline.events import Event
 from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.journal import PLAN, Entry, Journal
+from bitfloor.pipeline.layouts import stored_size
 from bitfloor.pipeline.run import RunOptions
 from bitfloor.pipeline.sizes import stored_bytes
 
@@ -68,7 +69,20 @@ def planned_widths(
         assert facts is not None
         # From the journal in either case, so that a run and its continuation have the same numbers.
         plan = parse_plan(facts, "the journal's plan")
-    return (assignment, None) if plan is None else (with_plan(source, assignment, plan), plan)
+    if plan is None:
+        return assignment, None
+    planned = with_plan(source, assignment, plan)
+    return planned, _told_anew(plan, planned)
+
+
+def _told_anew(plan: BitPlan, assignment: Assignment) -> BitPlan:
+    """The plan, without what its summary says if that is of other widths: somebody has edited it."""
+    refs = {name: assignment.refs[name] for name in plan.matrices}
+    stored = 8 * sum(stored_size(ref, assignment.specs[name]) for name, ref in refs.items())
+    bits = stored / sum(ref.shape[0] * ref.shape[1] for ref in refs.values())
+    known = plan.summary.get("bits_per_weight")
+    unchanged = isinstance(known, float) and abs(known - bits) < 1e-9
+    return plan if unchanged else replace(plan, summary={"bits_per_weight": bits})
 
 
 def plan_of_run(

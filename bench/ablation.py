@@ -61,6 +61,20 @@ VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("100 steps of the sign, twice as large", OWN, (*SIGN, "method.rate=0.01")),
     ("200 steps", OWN, (*ADAM, "method.steps=200")),
 )
+OMNI = "omniquant-w{bits}g64"
+# Learned clipping, and the published schedule: 50 passes over the text, one sequence a step (run with --batch 1).
+CLIPPING: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("round to nearest, min-max", "rtn-minmax-w{bits}g64", ()),
+    ("round to nearest, searched", "rtn-w{bits}g64", ()),
+    ("200 steps", OMNI, ()),
+    ("200 steps, falling", OMNI, ("method.decay=true",)),
+    ("200 steps, one target", OMNI, ("method.both=false",)),
+    ("1000 steps", OMNI, ("method.steps=1000",)),
+)
+PUBLISHED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("50 passes, one sequence a step", OMNI, ("method.steps=6400", "method.check_every=320")),
+)
+FAMILIES = {"own": VARIANTS, "clipping": CLIPPING, "published": PUBLISHED}
 CALIBRATION = "calib/c4_calibration.txt"
 VALIDATION = "wikitext2/wiki.valid.raw"
 SEQUENCES, SEQLEN, BATCH = 128, 256, 4
@@ -74,6 +88,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help=f"folder of the texts; default: ${record.DATA}")
     parser.add_argument("--block", type=int, default=12)
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=2)
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="own", help="which variants")
+    parser.add_argument("--batch", type=int, default=BATCH, help="sequences a step")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="these variants only; nothing is written")
     parser.add_argument("--try", dest="extra", action="append", default=[], metavar="NAME:PRESET[:KEY=VALUE,...]")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "ablation", help="folder for the results")
@@ -113,13 +129,13 @@ def load_ids(args: argparse.Namespace) -> tuple[list[Any], dict[str, range]]:
 
     tokenizer = load_tokenizer(args.model)
     c4 = load_text(str(record.data_file(args.data, CALIBRATION)), "calibration")
-    documents = torch.cat(
-        calibration_batches(tokenizer, c4, sequences=SEQUENCES + UNSEEN, seqlen=SEQLEN, batch_size=BATCH, pack=False)
-    )
+    count = SEQUENCES + UNSEEN
+    read = calibration_batches(tokenizer, c4, sequences=count, seqlen=SEQLEN, batch_size=args.batch, pack=False)
+    documents = torch.cat(read)
     wiki = load_text(f"{record.data_file(args.data, VALIDATION)}:whole", "evaluation")
     running = evaluation_windows(tokenizer, wiki, windows=UNSEEN, seqlen=SEQLEN)
-    ids = [*documents.split(BATCH), *running.split(BATCH)]
-    first, second = SEQUENCES // BATCH, (SEQUENCES + UNSEEN) // BATCH
+    ids = [*documents.split(args.batch), *running.split(args.batch)]
+    first, second = SEQUENCES // args.batch, (SEQUENCES + UNSEEN) // args.batch
     texts = {"calibration": range(first), "c4": range(first, second), "wiki": range(second, len(ids))}
     return ids, texts
 
@@ -137,7 +153,7 @@ def by_fast_preset(source: Any) -> Before:
 
     def dense(runner: Any, refs: Any, inputs: list[Any]) -> Mapping[str, Any]:
         specs = {ref.name: spec for ref in refs if (spec := job.decide(ref.name)[0])}
-        made = job.method.quantize_block(runner, inputs[: 32 // BATCH], specs)
+        made = job.method.quantize_block(runner, inputs[: max(1, 32 // inputs[0].shape[0])], specs)
         return {name: dequantize(weight) for name, weight in made.weights.items()}
 
     return dense
@@ -276,12 +292,13 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, str, tuple[str, ...]]]:
     for text in args.extra:
         name, preset, *rest = text.split(":", 2)
         extra.append((name, preset, tuple(rest[0].split(",")) if rest else ()))
+    known = FAMILIES[args.family]
     if args.only is None:
-        return [*VARIANTS, *extra]
-    unknown = sorted(set(args.only) - {name for name, _, _ in VARIANTS})
+        return [*known, *extra]
+    unknown = sorted(set(args.only) - {name for name, _, _ in known})
     if unknown:
-        raise SystemExit(f"{unknown[0]!r} is no variant; there are: {', '.join(name for name, _, _ in VARIANTS)}")
-    return [*(variant for variant in VARIANTS if variant[0] in args.only), *extra]
+        raise SystemExit(f"{unknown[0]!r} is no variant; there are: {', '.join(name for name, _, _ in known)}")
+    return [*(variant for variant in known if variant[0] in args.only), *extra]
 
 
 def main() -> None:
@@ -289,9 +306,8 @@ def main() -> None:
     args = arguments()
     variants = chosen(args)
     setting = prepare(args)
-    head = record.header(
-        tuple(sorted({part for name in ("bitfloor", "signround", "rtn") for part in record.quality(name)}))
-    )
+    methods = ("bitfloor", "signround", "rtn") if args.family == "own" else ("omniquant", "rtn", "bitfloor")
+    head = record.header(tuple(sorted({part for name in methods for part in record.quality(name)})))
     rows = []
     for name, preset, overrides in variants:
         weights, seconds, told = quantize(setting, preset.format(bits=args.bits), overrides)
@@ -302,7 +318,8 @@ def main() -> None:
         sys.stdout.flush()
     if args.only is None and not args.extra:
         content = {"model": args.model.resolve().name, "block": args.block, "bits": args.bits, "variants": rows}
-        record.write_result(args.out / f"block{args.block}-w{args.bits}.json", {**head, **content})
+        name = f"block{args.block}-w{args.bits}" if args.family == "own" else f"{args.family}-w{args.bits}"
+        record.write_result(args.out / f"{name}.json", {**head, **content})
 
 
 if __name__ == "__main__":

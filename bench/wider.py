@@ -31,6 +31,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help=f"folder of the texts; default: ${record.DATA}")
     parser.add_argument("--block", type=int, default=12, help="the first of the two")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=2)
+    parser.add_argument("--batch", type=int, default=ablation.BATCH, help="sequences a step")
     parser.add_argument("--out", type=Path, default=record.RESULTS / "ablation", help="folder for the results")
     return parser.parse_args(argv)
 

@@ -104,7 +104,7 @@ def score(folder: Path) -> float:
     """Perplexity on the part of the text that was not learned."""
     from bitfloor import api
 
-    found = api.evaluate(folder, perplexity=["default"], windows=40, seqlen=CONTEXT)
+    found = api.evaluate(folder, perplexity=["default"], windows=80, seqlen=LENGTH)
     value: float = found["perplexity"][0]["value"]
     return value
 

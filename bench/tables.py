@@ -345,7 +345,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 # Documents with marked tables.
 METHODS = record.ROOT / "docs" / "methods"
-ALLOCATION = record.ROOT / "docs" / "allocation.md"
 DOCUMENTS = (
     record.ROOT / "README.md",
     METHODS / "bitfloor.md",

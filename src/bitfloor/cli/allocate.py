@@ -35,11 +35,15 @@ def allocate(
         plan = api.allocate(
             model, out, recipe, overrides=overrides or (), calibration=calibration, device=device, progress=progress
         )
-    count = Counter(width for matrix in plan.matrices.values() for width in matrix.widths)
+    # Embedding and head have one width each; what is known of them is not group by group.
+    whole = {name for name, own in plan.matrices.items() if "tried" in own.why and "distortion" not in own.why}
+    tables = {name: plan.matrices[name].widths[0] for name in plan.matrices if name in whole}
+    count = Counter(width for name, own in plan.matrices.items() if name not in whole for width in own.widths)
     total = sum(count.values())
     facts = [
         (f"{width} bits", f"{number} groups, {100 * number / total:.1f}%") for width, number in sorted(count.items())
     ]
+    facts += [(name, f"{width} bits") for name, width in tables.items()]
     facts.append(("stored bits a weight", f"{plan.summary['bits_per_weight']:.3f}"))
     if "gap" in plan.summary:
         facts.append(("at most to gain", f"{100 * plan.summary['gap']:.3f}%"))

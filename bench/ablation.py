@@ -67,12 +67,18 @@ CLIPPING: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("round to nearest, min-max", "rtn-minmax-w{bits}g64", ()),
     ("round to nearest, searched", "rtn-w{bits}g64", ()),
     ("200 steps", OMNI, ()),
-    ("200 steps, falling", OMNI, ("method.decay=true",)),
+    ("200 steps at the published rate, constant", OMNI, ("method.rate=0.01", "method.decay=false")),
+    ("200 steps at 0.03, constant", OMNI, ("method.rate=0.03", "method.decay=false")),
+    ("200 steps, half as large", OMNI, ("method.rate=0.05",)),
     ("200 steps, one target", OMNI, ("method.both=false",)),
     ("1000 steps", OMNI, ("method.steps=1000",)),
 )
 PUBLISHED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("50 passes, one sequence a step", OMNI, ("method.steps=6400", "method.check_every=320")),
+    (
+        "50 passes, one sequence a step",
+        OMNI,
+        ("method.steps=6400", "method.check_every=320", "method.rate=0.01", "method.decay=false"),
+    ),
 )
 FAMILIES = {"own": VARIANTS, "clipping": CLIPPING, "published": PUBLISHED}
 CALIBRATION = "calib/c4_calibration.txt"

@@ -65,8 +65,8 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
     if kind == "slim-llm":
         assert recipe.method.options["range"] == "sqc"
     elif recipe.method.name == "omniquant":
-        assert (recipe.method.options["steps"], recipe.method.options["rate"]) == (200, 0.01)
-        assert recipe.method.options["both"] and not recipe.method.options["decay"] and not recipe.spec.symmetric
+        assert (recipe.method.options["steps"], recipe.method.options["rate"]) == (200, 0.1)
+        assert recipe.method.options["both"] and recipe.method.options["decay"] and not recipe.spec.symmetric
     elif method == "signround":
         assert recipe.method.options["steps"] == {"light": 50, "": 200, "best": 1000}[variant]
         assert recipe.spec.symmetric

@@ -73,12 +73,9 @@ CLIPPING: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("200 steps, one target", OMNI, ("method.both=false",)),
     ("1000 steps", OMNI, ("method.steps=1000",)),
 )
+CONSTANT = ("method.rate=0.01", "method.decay=false")
 PUBLISHED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    (
-        "50 passes, one sequence a step",
-        OMNI,
-        ("method.steps=6400", "method.check_every=320", "method.rate=0.01", "method.decay=false"),
-    ),
+    ("50 passes, one sequence a step", OMNI, ("method.steps=6400", "method.check_every=320", *CONSTANT)),
 )
 FAMILIES = {"own": VARIANTS, "clipping": CLIPPING, "published": PUBLISHED}
 CALIBRATION = "calib/c4_calibration.txt"

@@ -167,7 +167,7 @@ class OmniquantConfig:
         rate: step of AdamW on the logits of the ranges' factors.
         both: compare the block's output with two of the float block's, on the float model's inputs and on the quantized
             model's; otherwise only with the first. Costs a forward without gradients at every step.
-        decay: the step falls linearly to zero; otherwise it stays, as published (there at 0.01 over thousands of steps).
+        decay: the step falls linearly to zero; otherwise it stays, as published (at 0.01, for thousands of steps).
         accumulate, check_every, patience: see :class:`SignroundConfig`.
     """
 

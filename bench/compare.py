@@ -166,6 +166,33 @@ def search_gain(ours: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+# What widths by group are worth: a recipe with them, and the one that they are measured against.
+MIXED = (
+    ("slim-llm-w{b}g64", "slim-llm-w{b}g64+allocation-null"),
+    ("slim-tuned-w{b}g64", "bitfloor-w{b}g64"),
+    ("bitfloor-w{b}g64+allocation.policy-budget+allocation.sequences-32+allocation.sort-true", "bitfloor-w{b}g64"),
+    ("bitfloor-mixed-w{b}g64+embedding8", "bitfloor-w{b}g64+embedding8"),
+)
+
+
+def mixed_gain(ours: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Recipes with widths by group beside their own without, where both are there."""
+    rows = []
+    for bits in (2, 3):
+        for pair in MIXED:
+            names = [name.format(b=bits) for name in pair]
+            mixed, plain = (ours.get(name) for name in names)
+            if mixed is None or plain is None:
+                continue
+            for text, score in our_scores(mixed).items():
+                base = our_scores(plain)[text]
+                row = {"bits": bits, "text": text, "mixed": names[0], "plain": names[1]}
+                sizes = {"mixed_bytes": mixed["bytes"]["total"], "plain_bytes": plain["bytes"]["total"]}
+                ratio = score.value / base.value
+                rows.append({**row, **sizes, "ratio": ratio, **difference(score, base)})
+    return rows
+
+
 def float_agreement(ours: Mapping[str, Any], peers: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The float model scored by two programs: how far apart the instruments are."""
     if "float" not in ours or "float" not in peers:
@@ -197,6 +224,7 @@ def compare(results: Path) -> dict[str, Any]:
         "peers": rows,
         "summary": summary(rows),
         "range_search": search_gain(ours),
+        "mixed": mixed_gain(ours),
     }
 
 

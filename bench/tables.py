@@ -280,6 +280,20 @@ def slim(results: Results) -> str:
     return markdown(headings, rows)
 
 
+def gains(results: Results) -> str:
+    """What widths by group are worth, against the same recipe without them."""
+    rows = [
+        [
+            f"{row['mixed']} to {row['plain']}, {NAMES[row['text']]}",
+            f"{row['mixed_bytes'] / 1e6:.2f} / {row['plain_bytes'] / 1e6:.2f} MB",
+            f"{row['ratio']:.3f}",
+            difference_cell(row),
+        ]
+        for row in _comparison(results)["mixed"]
+    ]
+    return markdown(["", "files", "ratio of perplexities", "Δ nats/token [95%]"], rows)
+
+
 def second(results: Results) -> str:
     """The same on a model made to differ."""
     content = _needed(results, "second")
@@ -337,6 +351,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "ablation": ablation,
     "wider": wider,
     "slim": slim,
+    "gains": gains,
     "second": second,
     "clipping": clipping,
     "averages": averages,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitfloor.core.bit_plan import BitPlan, read_plan
 from bitfloor.core.errors import InputError
-from bitfloor.formats.atomic import storage_error, write_json
+from bitfloor.formats.atomic import atomic_file, storage_error
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.budget import check_budget, plan_by_budget
 from bitfloor.pipeline.folder import PLAN_FILE
@@ -67,7 +67,8 @@ def make_bit_plan(
             untuned = replace(job, recipe={**job.recipe, "tune": None})
             quantize_model(source, untuned, batches, data, scratch, options=options)
             plan = read_plan(scratch / PLAN_FILE)
-        write_json(out, plan.to_dict())
+        with atomic_file(out) as file:
+            file.write(plan.to_json().encode())
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return plan

@@ -150,6 +150,14 @@ def make_matrix(numbers: Numbers, layout: dict[str, Any]) -> tuple[dict[str, byt
                 dense[r, channel] = f32(dense[r, channel] + stored[r, column])
     if "rotation" in layout:
         dense = (dense.astype(np.float64) @ rotation_matrix(inputs, layout["rotation"])).astype(f32)
+    if layout.get("channels"):
+        # Column j of what was rotated is input channel channels[j].
+        natural = np.zeros_like(dense)
+        channels = [(5 * j + 2) % inputs for j in range(inputs)]
+        width = 1 if inputs <= 256 else 2
+        parts["channels"] = bytearray(b"".join(v.to_bytes(width, "little") for v in channels))
+        natural[:, channels] = dense
+        dense = natural
     return {name: bytes(data) for name, data in parts.items() if data}, dense
 
 
@@ -206,6 +214,8 @@ MATRICES = {
     "groups": matrix((5, 40), [segment(16, 3, 16), segment(16, 2, 16), segment(8, 1, 16, "offset")], order=(16, 3)),
     "planes": matrix((4, 300), [segment(20, 2, 8), segment(6, 5, 6, 0)], "bfloat16", order=(1, 26)),
     "rotated": {**matrix((6, 43), [segment(43, 3, 16)]), "rotation": 16},
+    "sorted": {**matrix((6, 43), [segment(43, 3, 16)]), "channels": True},
+    "sorted_rotated": {**matrix((3, 301), [segment(301, 2, 64)]), "rotation": 16, "channels": True},
 }
 
 
@@ -242,7 +252,8 @@ def main(out: Path) -> None:
             elif part == "channel_scale":
                 described = (half, [len(data) // 2])
             else:
-                wide = -(-inputs // layout["order"]["unit"]) > 256
+                unit = layout["order"]["unit"] if part == "order" else 1
+                wide = -(-inputs // unit) > 256
                 described = ("U16", [len(data) // 2]) if wide else ("U8", [len(data)])
             tensors[f"{name}.{part}"] = (*described, data)
         expected[name] = ("F32", [rows, inputs], dense.astype("<f4").tobytes())

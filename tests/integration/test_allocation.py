@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from integration.test_learned_rounding import hashes
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitfloor import api
@@ -102,6 +103,8 @@ def test_what_is_planned_is_stored_and_a_replay_gives_the_same_bytes(
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     allocation: dict[str, Any], pico: Any, small: dict[str, Any], tmp_path: Path
 ) -> None:
+    if allocation["policy"] == "budget":
+        allocation = allocation | {"tables": [4, 8], "sort": True}
     recipe = mixed(small, allocation, METHODS[3]) | {"tune": {"steps": 3}}
     api.quantize(pico("llama"), tmp_path / "whole", recipe)
 
@@ -193,13 +196,14 @@ def test_an_edited_plan_is_told_as_what_it_is(pico: Any, small: dict[str, Any], 
     same = recipe | {"allocation": {"plan": str(tmp_path / "out" / "plan.json")}}
     again = api.quantize(pico("llama"), tmp_path / "same", same)
     assert again["allocation"] == first and first["gap"] >= 0
-    for matrix in plan["matrices"].values():
-        matrix["widths"] = [3] * len(matrix["widths"])
+    name, one = next((n, m) for n, m in plan["matrices"].items() if len(set(m["widths"])) > 1)
+    plan["matrices"][name]["widths"] = one["widths"][::-1]  # as large as before
     (tmp_path / "edited.json").write_text(json.dumps(plan), encoding="utf-8")
     other = recipe | {"allocation": {"plan": str(tmp_path / "edited.json")}}
     report = api.quantize(pico("llama"), tmp_path / "other", other)
     told = report["allocation"]
     assert "gap" not in told and told["bits_per_weight"] == pytest.approx(report["bits_per_linear_weight"])
+    assert told["policy"] == "budget" and told["sha256"] != first["sha256"]
 
 
 def test_a_plan_of_another_model_is_refused(pico: Any, small: dict[str, Any], tmp_path: Path) -> None:
@@ -324,28 +328,91 @@ def test_embedding_and_head_may_share_the_budget(name: str, pico: Any, small: di
         api.quantize(pico(name), tmp_path / "other", recipe | {"allocation": {"plan": str(tmp_path / "edited.json")}})
 
 
-def test_what_a_table_loses_is_foretold(trained: Path, texts: Any) -> None:
-    """The tied table of a trained model: the forecast is the divergence that rounding it makes, within half."""
-    source = open_source(trained)
-    job = Job(Gptq(GptqConfig()), lambda _: (None, "kept"), QuantSpec(8, 32), QuantSpec(8, 32))
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_table_loses_is_foretold(tied: bool, trained: Path, texts: Any, tmp_path: Path) -> None:
+    """The forecast of each table is the divergence that rounding it makes, within half."""
+    model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained)
+    folder = trained
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.save_pretrained(tmp_path / "untied")
+        tokenizer.save_pretrained(tmp_path / "untied")
+        folder = tmp_path / "untied"
+    source = open_source(folder)
+    job = Job(Gptq(GptqConfig()), lambda _: (None, "kept"), QuantSpec(8, 32), QuantSpec(8, 32))
     text = Path(texts.calibration.partition(":")[0]).read_text("utf-8")
     ids = torch.tensor(tokenizer(text)["input_ids"][: 16 * 128]).view(16, 128)
-    model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32).eval()
     looking = SurveyOptions()
     ends = Ends(source, assign(source.map, job), (2, 3, 4, 6), looking)
     survey(source, [ids], {}, lambda *_: None, looking, ends)
-    (item,) = ends.items().values()
+    assert len(ends.items()) == (1 if tied else 2)
     with torch.no_grad():
         base = model(ids).logits.log_softmax(-1)
-        table = model.get_input_embeddings().weight.data
-        kept = table.clone()
-        for (bits, *_), foretold in zip(item.options, item.losses.tolist(), strict=True):
-            table.copy_(rounded(kept, QuantSpec(8, 32), bits))
-            logs = model(ids).logits.log_softmax(-1)
-            actual = float((base.exp() * (base - logs)).sum(-1).mean())
-            assert 0.5 < foretold / actual < 2.0, (bits, foretold, actual)
-        table.copy_(kept)
+        for item in ends.items().values():
+            table = model.get_parameter(item.ref.param).data
+            kept = table.clone()
+            for (bits, *_), foretold in zip(item.options, item.losses.tolist(), strict=True):
+                table.copy_(rounded(kept, QuantSpec(8, 32), bits))
+                logs = model(ids).logits.log_softmax(-1)
+                actual = float((base.exp() * (base - logs)).sum(-1).mean())
+                assert 0.5 < foretold / actual < 2.0, (item.ref.name, bits, foretold, actual)
+            table.copy_(kept)
+
+
+@pytest.mark.parametrize(("embedding", "head"), [(8, 16), (16, 8)])
+def test_a_table_that_is_kept_takes_no_part(
+    embedding: int, head: int, pico: Any, small: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = mixed(small, BUDGET | {"tables": [3, 8]}, METHODS[1])
+    recipe |= {"embedding": {"bits": embedding, "group_size": 8}, "head": {"bits": head, "group_size": 8}}
+    report = api.quantize(pico("llama"), tmp_path / "out", recipe)
+    planned = set(plan_of(tmp_path / "out")["matrices"])
+    assert ("model.embed_tokens" in planned, "lm_head" in planned) == (embedding < 16, head < 16)
+    assert report["bytes"]["total"] <= api.plan(pico("llama"), recipe)["bytes"]["total"]
+
+
+@pytest.mark.parametrize("scope", ["model", "matrix"])
+def test_what_few_tokens_reached_is_not_sorted_either(
+    scope: str, pico: Any, small: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = mixed(small, BUDGET | {"sequences": 1, "sort": True, "scope": scope, "average": 3}, METHODS[1])
+    recipe["calibration"] = {**small["calibration"], "seqlen": 4}
+    api.quantize(pico("llama"), tmp_path / "out", recipe)
+    plan = plan_of(tmp_path / "out")["matrices"]
+    assert plan and all("note" in matrix["why"] and "channels" not in matrix for matrix in plan.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"layers": [{"match": "*", "keep": True}]}, "nothing to allocate"),
+        ({"allocation": BUDGET | {"tables": [4]}, "embedding": {"bits": 16}}, "left at 16 bits; leave tables out"),
+        (
+            {"allocation": BUDGET | {"tables": [8]}, "embedding": {"bits": 2, "group_size": 8}},
+            r"tables \[8\] take",
+        ),
+    ],
+)
+def test_a_budget_over_nothing_or_too_little_is_refused_before_the_survey(
+    changes: dict[str, Any], says: str, pico: Any, small: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=says):
+        api.quantize(pico("llama"), tmp_path / "out", mixed(small, BUDGET, METHODS[1]) | changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_stored_channels_that_are_no_order_are_refused(pico: Any, small: dict[str, Any], tmp_path: Path) -> None:
+    api.quantize(pico("llama"), tmp_path / "out", mixed(small, SBA | {"sort": True}, METHODS[1]))
+    path = tmp_path / "out" / "model.safetensors"
+    stored = load_file(path)
+    name = next(name for name in stored if name.endswith(".channels"))
+    stored[name][0] = stored[name][1]
+    save_file(stored, path, metadata={"format": "pt"})
+    for use in (lambda: api.load(tmp_path / "out"), lambda: api.export(tmp_path / "out", tmp_path / "dense")):
+        with pytest.raises(InputError, match=r"channels is no order|checksum|not as it was"):
+            use()
 
 
 def test_a_survey_that_fails_leaves_nothing_behind(trained: Path, tmp_path: Path) -> None:

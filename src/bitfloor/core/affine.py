@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bitfloor.core.basis import Basis
+from bitfloor.core.channels import unpack_order
 from bitfloor.core.packed import PackedWeight, Segment, expand_groups, pack_segment
 
 # The smallest positive scale of each storage type: float16's smallest subnormal, and bfloat16's smallest normal number
@@ -119,7 +120,7 @@ def pack(codes: Tensor, grid: Grid, basis: Basis | None = None) -> PackedWeight:
         None if natural else order.to(codes.device),
         1 if natural else grid.group_size,
         basis.rotation,
-        torch.tensor(basis.channels, device=codes.device) if basis.channels else None,
+        torch.tensor(unpack_order(basis.channels), dtype=torch.int64, device=codes.device) if basis.channels else None,
     )
 
 

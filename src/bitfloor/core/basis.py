@@ -8,13 +8,13 @@ rotation of :mod:`bitfloor.core.rotation`. Channels that matter alike then share
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from bitfloor.core.channels import pack_order, unpack_order
 from bitfloor.core.rotation import rotate, rotate_both
 from bitfloor.core.spec import QuantSpec
 
@@ -24,11 +24,12 @@ class Basis:
     """An order of the input channels and a rotation behind it.
 
     Args:
-        channels: input channel of every column, a permutation; empty for natural order.
+        channels: input channel of every column, a permutation, as bytes (:mod:`bitfloor.core.channels`); empty for
+            natural order.
         rotation: block size of the rotation, 0 for none.
     """
 
-    channels: tuple[int, ...] = ()
+    channels: bytes = b""
     rotation: int = 0
 
     def __bool__(self) -> bool:
@@ -67,23 +68,18 @@ def restored(x: Tensor, channels: Tensor | None) -> Tensor:
     """``x P^T``: the inverse of :func:`ordered`."""
     if channels is None:
         return x
-    out = torch.empty_like(x)
+    out = torch.zeros_like(x)
     out[..., channels] = x
     return out
 
 
-def by_size(values: Tensor) -> tuple[int, ...]:
-    """Channels in order of falling values ``[I]``."""
-    return tuple(torch.argsort(values, descending=True, stable=True).tolist())
-
-
-def is_order(channels: Sequence[int], columns: int) -> bool:
-    """Whether every one of the columns occurs once."""
-    return len(channels) == columns and sorted(channels) == list(range(columns))
+def by_size(values: Tensor) -> bytes:
+    """The order of channels by falling values ``[I]``."""
+    return pack_order(torch.argsort(values, descending=True, stable=True).tolist())
 
 
 @lru_cache(maxsize=64)
-def _index(channels: tuple[int, ...], device: torch.device) -> Tensor:
+def _index(channels: bytes, device: torch.device) -> Tensor:
     # It is kept for all callers, whatever the mode of the first.
     with torch.inference_mode(False):
-        return torch.tensor(channels, dtype=torch.int64, device=device)
+        return torch.tensor(unpack_order(channels), dtype=torch.int64, device=device)

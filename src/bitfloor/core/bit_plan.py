@@ -8,6 +8,7 @@ docs/allocation.md has the schema in words. ``why`` is what the policy knew of e
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bitfloor.core.channels import is_order, unpack_order
 from bitfloor.core.errors import InputError
 from bitfloor.core.spec import BITS, MatrixRef, QuantSpec
 
@@ -32,7 +34,8 @@ class MatrixPlan:
         rotation: of the input channels the groups are cut from.
         widths: of every group, in natural order.
         why: what the policy knew: plain data, group by group.
-        channels: order of the input channels that the groups are cut from, empty for natural order.
+        channels: order of the input channels that the groups are cut from, as bytes (:mod:`bitfloor.core.channels`);
+            empty for natural order.
     """
 
     shape: tuple[int, int]
@@ -40,7 +43,7 @@ class MatrixPlan:
     rotation: int
     widths: tuple[int, ...]
     why: Mapping[str, Any] = field(default_factory=dict)
-    channels: tuple[int, ...] = ()
+    channels: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class BitPlan:
                 "group_size": plan.group_size,
                 "rotation": plan.rotation,
                 "widths": list(plan.widths),
-                **({"channels": list(plan.channels)} if plan.channels else {}),
+                **({"channels": order_text(plan.channels)} if plan.channels else {}),
                 "why": dict(plan.why),
             }
             for name, plan in self.matrices.items()
@@ -77,10 +80,23 @@ class BitPlan:
         head = {KEY: VERSION, "model": self.model, "policy": self.policy}
         return {**head, "settings": dict(self.settings), "summary": dict(self.summary), "matrices": matrices}
 
+    def to_json(self) -> str:
+        """As a file: sorted keys, one matrix a line."""
+        head = self.to_dict()
+        matrices = head.pop("matrices")
+        lines = [f"    {json.dumps(name)}: {json.dumps(own, sort_keys=True)}" for name, own in sorted(matrices.items())]
+        outer = json.dumps(head, indent=2, sort_keys=True)
+        inner = ",\n".join(lines)
+        return outer[: -len("\n}")] + ',\n  "matrices": {\n' + inner + "\n  }\n}\n"
+
+    def sealed(self) -> BitPlan:
+        """The same with its own hash in the summary, which then holds for this plan only."""
+        return replace(self, summary={**self.summary, "sha256": self.sha256()})
+
     def sha256(self) -> str:
         """Hash of what a replay takes from it: the model and the widths."""
         widths = {
-            name: [p.group_size, p.rotation, list(p.widths), *([list(p.channels)] if p.channels else [])]
+            name: [p.group_size, p.rotation, list(p.widths), *([order_text(p.channels)] if p.channels else [])]
             for name, p in self.matrices.items()
         }
         text = json.dumps([self.model, widths], sort_keys=True, separators=(",", ":"))
@@ -173,10 +189,9 @@ def _mapping(where: str, key: str, data: Mapping[str, Any]) -> Mapping[str, Any]
 
 def _matrix(where: str, entry: Mapping[str, Any]) -> MatrixPlan:
     shape, widths = entry["shape"], entry["widths"]
-    channels = entry.get("channels", [])
-    numbers = [*shape, entry["group_size"], entry["rotation"], *widths, *channels]
+    numbers = [*shape, entry["group_size"], entry["rotation"], *widths]
     if len(shape) != 2 or any(type(value) is not int for value in numbers):
-        raise InputError(f"{where}: shape, group_size, rotation, widths and channels must be whole numbers.")
+        raise InputError(f"{where}: shape, group_size, rotation and widths must be whole numbers.")
     for width in widths:
         if width not in BITS:
             raise InputError(f"{where}: width {width} is not one bitfloor stores; use {', '.join(map(str, BITS))}.")
@@ -184,7 +199,27 @@ def _matrix(where: str, entry: Mapping[str, Any]) -> MatrixPlan:
     size = entry["group_size"]
     if size < 1 or len(widths) != -(-columns // size):
         raise InputError(f"{where}: {len(widths)} widths for {columns} columns in groups of {size}; give one a group.")
-    if channels and sorted(channels) != list(range(columns)):
-        raise InputError(f"{where}: channels must name each of the {columns} input channels once.")
+    channels = read_order(entry["channels"], columns, where) if "channels" in entry else b""
     why = _mapping(where, "why", entry)
-    return MatrixPlan((rows, columns), size, entry["rotation"], tuple(widths), why, tuple(channels))
+    return MatrixPlan((rows, columns), size, entry["rotation"], tuple(widths), why, channels)
+
+
+def order_text(channels: bytes) -> str:
+    """An order of channels in a plan: base64 of its bytes."""
+    return base64.b64encode(channels).decode("ascii")
+
+
+def read_order(text: Any, columns: int, where: str) -> bytes:
+    """The order of channels behind its text.
+
+    Raises:
+        InputError: not an order of so many channels.
+    """
+    try:
+        channels = base64.b64decode(text, validate=True)
+        sound = is_order(unpack_order(channels), columns)
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise InputError(f"{where}: channels must name each of the {columns} input channels once; make the plan again.")
+    return channels

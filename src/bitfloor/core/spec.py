@@ -33,8 +33,8 @@ class QuantSpec:
         rotation: input channels that a Hadamard matrix mixes before rounding, a power of two from 2 to 1024; 0 for
             none. See :mod:`bitfloor.core.rotation`.
         widths: code width of every group, in order of columns, where they differ; empty where ``bits`` is that of all.
-        channels: input channel of every column that groups are cut from, before they are rotated; empty for natural
-            order. See :mod:`bitfloor.core.basis`.
+        channels: order of the input channels that groups are cut from, before they are rotated, as bytes
+            (:mod:`bitfloor.core.channels`); empty for natural order. See :mod:`bitfloor.core.basis`.
 
     Raises:
         InputError: a value outside these ranges.
@@ -46,7 +46,7 @@ class QuantSpec:
     scale_dtype: str = "float16"
     rotation: int = 0
     widths: tuple[int, ...] = ()
-    channels: tuple[int, ...] = ()
+    channels: bytes = b""
 
     def __post_init__(self) -> None:
         for bits in (self.bits, *self.widths):

@@ -19,14 +19,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bitfloor.core.basis import is_order
 from bitfloor.core.bitpack import blocked, pack_zeros, unblocked, unpack_zeros
-from bitfloor.core.errors import BitfloorError
+from bitfloor.core.channels import is_order
+from bitfloor.core.errors import BitfloorError, InputError
 from bitfloor.core.packed import PackedWeight, Segment, index_dtype, order_dtype
 from bitfloor.formats.base import Get
 from bitfloor.formats.layout import Layout, code_bytes, groups, part_shapes, tensor_names
 
-__all__ = ["assemble", "decode", "encode", "layout", "reject", "tensor_names"]
+__all__ = ["assemble", "check_channels", "decode", "encode", "layout", "reject", "tensor_names"]
 
 SCALE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -137,11 +137,25 @@ def decode(name: str, layout: Layout, get: Get, order_of: str | None = None) -> 
         layout: its layout, checked (:func:`bitfloor.formats.layout.check_layout`).
         get: returns a stored tensor by its full name.
         order_of: the matrix that stores this one's order, if another does.
+
+    Raises:
+        InputError: stored channels that are no order.
     """
     parts = {part: get(f"{name}.{part}") for part in part_shapes(layout, with_order=order_of is None)}
     if order_of is not None:
         parts["order"] = get(f"{order_of}.order")
+    check_channels(name, parts.get("channels"))
     return assemble(layout, parts, layout["shape"][0])
+
+
+def check_channels(name: str, channels: Tensor | None) -> None:
+    """Refuse stored channels ``[I]`` that are no order: with one twice and one never, weights would be made up.
+
+    Raises:
+        InputError: naming the matrix.
+    """
+    if channels is not None and not is_order(channels.tolist(), channels.numel()):
+        raise InputError(f"{name}.channels is no order of its {channels.numel()} input channels; copy the file again.")
 
 
 def assemble(layout: Layout, parts: Mapping[str, Tensor], rows: int) -> PackedWeight:

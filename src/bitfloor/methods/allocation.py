@@ -61,7 +61,7 @@ class Widths:
 
     widths: tuple[int, ...]
     why: Mapping[str, Any] = field(default_factory=dict)
-    channels: tuple[int, ...] = ()
+    channels: bytes = b""
 
 
 def allocate_block(
@@ -101,7 +101,7 @@ def allocate_block(
             note = f"saw {seen.rows} calibration tokens for {columns} input channels; all groups keep their width"
             found.update({n: Widths(specs[n].group_widths(columns), {"note": note}) for n in group})
             continue
-        channels = by_size(seen.total.diagonal()) if config.sort else ()
+        channels = by_size(seen.total.diagonal()) if config.sort else b""
         bases.update({name: Basis(channels, specs[name].rotation) for name in group})
         if config.ranges == "gptq":
             for name in group:
@@ -164,9 +164,7 @@ def _sweep(weight: Tensor, seen: _Input, spec: QuantSpec, config: SbaConfig) -> 
     return Sweep(weight, rounded, salience, size, candidates(len(salience), config.uniform))
 
 
-def _by_errors(
-    weight: Tensor, hessian: Tensor, spec: QuantSpec, config: SbaConfig, channels: tuple[int, ...]
-) -> Widths:
+def _by_errors(weight: Tensor, hessian: Tensor, spec: QuantSpec, config: SbaConfig, channels: bytes) -> Widths:
     """Widths by what GPTQ with them leaves of the output's error; ``p`` rises until it has not gained for a while."""
     costs = removal_costs(hessian, damping=config.damping, positional=config.positional)
     salience = group_salience(weight, costs, spec.columns_per_group(weight.shape[1]))
@@ -188,7 +186,7 @@ def _by_errors(
     return Widths(widths_of(salience, spec.bits, best), why, channels)
 
 
-def _widths(sweep: Sweep, spec: QuantSpec, channels: tuple[int, ...]) -> Widths:
+def _widths(sweep: Sweep, spec: QuantSpec, channels: bytes) -> Widths:
     if not sweep.tokens:
         note = "no token of the sequences that were looked at entered it; all groups keep their width"
         return Widths((spec.bits,) * len(sweep.salience), {"note": note})

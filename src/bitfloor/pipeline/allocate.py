@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bitfloor.core.bit_plan import BitPlan, MatrixPlan, parse_plan
+from bitfloor.core.bit_plan import BitPlan, MatrixPlan, parse_plan, read_order
 from bitfloor.core.errors import InputError
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.budget import plan_by_budget
@@ -34,6 +36,9 @@ def with_plan(source: SourceModel, assignment: Assignment, plan: BitPlan) -> Ass
         if assignment.refs[name].block < 0:
             if len(set(spec.widths)) > 1:
                 raise InputError(f"the plan gives the groups of {name} several widths; a table has one.")
+            if spec.channels or spec.widths[0] == 1:
+                what = "an order of channels" if spec.channels else "one bit"
+                raise InputError(f"the plan gives {name} {what}, which a table cannot have; make the plan again.")
             mixed[name] = replace(spec, bits=spec.widths[0], widths=())
     return replace(assignment, specs={name: mixed.get(name, spec) for name, spec in assignment.specs.items()})
 
@@ -60,15 +65,14 @@ def planned_widths(
     """
     plan = job.plan
     if job.searches == "budget":
-        facts = journal.facts(PLAN)
-        if facts is None:
+        if journal.facts(PLAN) is None:
             options.progress(Event("stage", blocks=source.map.n_blocks, message="surveying the float model"))
             made = plan_by_budget(source, job, assignment, batches, options, journal.folder / SURVEY)
-            journal.put(PLAN, Entry({}, made.to_dict()))
-            facts = journal.facts(PLAN)
-        assert facts is not None
+            text = torch.frombuffer(bytearray(made.to_json().encode()), dtype=torch.uint8)
+            journal.put(PLAN, Entry({"json": text}, {}))
         # From the journal in either case, so that a run and its continuation have the same numbers.
-        plan = parse_plan(facts, "the journal's plan")
+        text = journal.get(PLAN).tensors["json"]
+        plan = parse_plan(json.loads(text.numpy().tobytes()), "the journal's plan")
     if plan is None:
         return assignment, None
     planned = with_plan(source, assignment, plan)
@@ -76,13 +80,13 @@ def planned_widths(
 
 
 def _told_anew(plan: BitPlan, assignment: Assignment) -> BitPlan:
-    """The plan, without what its summary says if that is of other widths: somebody has edited it."""
+    """The plan, without what its summary says if that is of another plan: somebody has edited it."""
+    if plan.summary.get("sha256") == plan.sha256():
+        return plan
     refs = {name: assignment.refs[name] for name in plan.matrices}
     stored = 8 * sum(stored_size(ref, assignment.specs[name]) for name, ref in refs.items())
     bits = stored / sum(ref.shape[0] * ref.shape[1] for ref in refs.values())
-    known = plan.summary.get("bits_per_weight")
-    unchanged = isinstance(known, float) and abs(known - bits) < 1e-9
-    return plan if unchanged else replace(plan, summary={"bits_per_weight": bits})
+    return replace(plan, summary={"bits_per_weight": bits}).sealed()
 
 
 def plan_of_run(
@@ -96,9 +100,8 @@ def plan_of_run(
         for name, found in part.get("allocation", {}).items():
             spec, ref = assignment.specs[name], assignment.refs[name]
             size = spec.columns_per_group(ref.shape[1])
-            matrices[name] = MatrixPlan(
-                ref.shape, size, spec.rotation, tuple(found["widths"]), found["why"], tuple(found["channels"])
-            )
+            channels = read_order(found["channels"], ref.shape[1], name) if found["channels"] else b""
+            matrices[name] = MatrixPlan(ref.shape, size, spec.rotation, tuple(found["widths"]), found["why"], channels)
         layouts.update(part["layouts"])
     if not matrices:
         return None
@@ -106,4 +109,5 @@ def plan_of_run(
     weights = sum(plan.shape[0] * plan.shape[1] for plan in matrices.values())
     stored = 8 * sum(sizes.values()) / weights
     settings = {**asdict(job.allocation.search), "sequences": job.allocation.sequences}
-    return BitPlan(source.fingerprint, job.allocation.policy, matrices, settings, {"bits_per_weight": stored})
+    made = BitPlan(source.fingerprint, job.allocation.policy, matrices, settings, {"bits_per_weight": stored})
+    return made.sealed()

@@ -115,11 +115,12 @@ def item_of(
     """
     columns = weight.shape[1]
     # The order of channels is paid for from the budget of a matrix without one.
-    budget = budget_bits(ref, replace(spec, channels=()), allocation.average)
+    budget = budget_bits(ref, replace(spec, channels=b""), allocation.average)
     groups = len(spec.group_widths(columns))
     if stakes.tokens < MIN_TOKENS_PER_CHANNEL * columns or not float(stakes.hessian.diagonal().sum()) > 0:
         note = {"note": "too few tokens of the survey entered it; all groups keep its width"}
-        return Item(ref, spec, (spec.group_widths(columns),), torch.zeros(1), budget, note)
+        # Nor does it get an order of channels, which the few tokens would decide.
+        return Item(ref, replace(spec, channels=b""), (spec.group_widths(columns),), torch.zeros(1), budget, note)
     errors = Errors(stakes.basis.to(weight), stakes.hessian, stakes.rows, spec, search)
     uniform = [(bits,) * groups for bits in allocation.widths]
     table = 0.5 * torch.stack([errors.of(plan).cpu() for plan in uniform], 1)
@@ -142,8 +143,8 @@ def proposals(
     orders = BYTE * (len(table) * (1 if len(table) <= 256 else 2))
     found = []
     for target in dict.fromkeys(min(max(average + step, widths[0]), widths[-1]) for step in AROUND):
-        budget = budget_bits(ref, replace(spec, channels=()), target) - orders
-        budget -= BYTE * (stored_size(ref, spec) - stored_size(ref, replace(spec, channels=())))
+        budget = budget_bits(ref, replace(spec, channels=b""), target) - orders
+        budget -= BYTE * (stored_size(ref, spec) - stored_size(ref, replace(spec, channels=b"")))
         if budget >= float(cost.amin(1).sum()):
             found.append(tuple(widths[i] for i in allot(table, cost, budget).choice.tolist()))
     return found
@@ -159,18 +160,28 @@ def check_budget(job: Job, assignment: Assignment) -> None:
     if how is None or job.searches != "budget":
         return
     names = [name for name in assignment.specs if assignment.refs[name].block >= 0]
+    if not names:
+        raise InputError(
+            "allocation has nothing to allocate: the recipe keeps every matrix of the blocks; leave it out."
+        )
+    if how.tables and not tables_of(job, assignment):
+        raise InputError(
+            "allocation.tables: embedding and head are left at 16 bits; leave tables out, or quantize them."
+        )
     for part in [names] if how.scope == "model" else [[name] for name in names]:
         pairs = [(assignment.refs[name], assignment.specs[name]) for name in part]
         budget = sum(budget_bits(ref, spec, how.average) for ref, spec in pairs)
         least = sum(min(uniform_sizes(ref, as_sorted(spec, how.sort), how.widths)) for ref, spec in pairs)
-        for ref, spec in tables_of(job, assignment):
+        shared = tables_of(job, assignment)
+        for ref, spec in shared:
             budget += budget_bits(ref, spec, None)
             least += min(uniform_sizes(ref, spec, how.tables))
-        if budget < least and pairs:
-            weights = sum(ref.shape[0] * ref.shape[1] for ref, _ in pairs)
+        if budget < least:
+            weights = sum(ref.shape[0] * ref.shape[1] for ref, _ in (*pairs, *shared))
+            narrow = f"{list(how.widths)}" + (f" and tables {list(how.tables)}" if shared else "")
             raise InputError(
                 f"allocation of {'the model' if len(part) > 1 else part[0]}: a budget of {budget / weights:.3f} stored "
-                f"bits a weight cannot be met, the narrowest of the widths {list(how.widths)} take "
+                f"bits a weight cannot be met, the narrowest of the widths {narrow} take "
                 f"{least / weights:.3f}; raise allocation.average, or allow narrower widths."
             )
 

@@ -53,7 +53,7 @@ class Item:
 
 def as_sorted(spec: QuantSpec, sort: bool) -> QuantSpec:
     """The storage with an order of channels, for its size; which order makes no difference to that."""
-    return replace(spec, channels=(0,)) if sort else spec
+    return replace(spec, channels=b"H") if sort else spec
 
 
 def uniform_sizes(ref: MatrixRef, spec: QuantSpec, widths: Sequence[int]) -> list[int]:
@@ -123,7 +123,7 @@ def choose(model: str, allocation: Allocation, items: Mapping[str, Item]) -> Bit
         settings["tables"] = list(allocation.tables)
     if allocation.sort:
         settings["sort"] = True
-    return BitPlan(model, allocation.policy, matrices, settings, summary)
+    return BitPlan(model, allocation.policy, matrices, settings, summary).sealed()
 
 
 def within_budget(items: Sequence[Item], costs: Sequence[Tensor]) -> Allotment:

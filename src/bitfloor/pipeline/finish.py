@@ -8,7 +8,7 @@ from typing import Any
 
 from bitfloor.core.bit_plan import BitPlan
 from bitfloor.core.errors import BitfloorError
-from bitfloor.formats.atomic import write_json
+from bitfloor.formats.atomic import atomic_file, write_json
 from bitfloor.formats.layout import build_config
 from bitfloor.formats.shards import CheckpointWriter
 from bitfloor.modeling.loader import SourceModel
@@ -65,8 +65,9 @@ def write_checkpoint(
     if plan is None:
         (out / PLAN_FILE).unlink(missing_ok=True)
     else:
-        write_json(out / PLAN_FILE, plan.to_dict())
-        report["allocation"] = {"policy": plan.policy, **plan.summary, "sha256": plan.sha256()}
+        with atomic_file(out / PLAN_FILE) as file:
+            file.write(plan.to_json().encode())
+        report["allocation"] = {**plan.summary, "policy": plan.policy, "sha256": plan.sha256()}
     write_json(out / REPORT, report)
     recipe = {"name": job.recipe_name, "sha256": job.recipe_sha256}
     quantization = build_config(layouts, tied=tied, kept=kept, recipe=recipe)

@@ -76,13 +76,13 @@ def peak_memory(
         moving = FLOAT * batch * seqlen * (HIDDEN_COPIES * hidden + WIDEST_COPIES * widest)
         if Need.GRADIENTS in needs:
             kept = FLOAT * batch * seqlen * (KEPT_HIDDEN_COPIES * hidden + KEPT_WIDEST_COPIES * widest)
-            rotated = ROTATED_COPIES * FLOAT if _rotates(assignment) else 0
+            rotated = ROTATED_COPIES * FLOAT if _turned(job, assignment) else 0
             learning = (job.method.learnt_bytes + rotated) * _largest_block(assignment) + kept
     # A block: its weights in float32, and once more dequantized, or what learns them.
     weights = FLOAT * max(blocks, default=0)
     block = weights + max(learning, weights + max(moving, _solver_memory(source, job, assignment)))
     if data is not None and job.searches == "sba":
-        block = max(block, weights + _sba_memory(source, assignment, data) + moving)
+        block = max(block, weights + _sba_memory(source, job, assignment, data) + moving)
     head = source.map.head
     skipped = held[head.param][0] if head is not None and not source.map.tied else 0
     outside = sum(count for name, (count, _) in held.items() if not name.startswith(prefix)) - skipped
@@ -120,7 +120,7 @@ def _tuning_memory(source: SourceModel, job: Job, assignment: Assignment, data: 
     logits = LOGIT_COPIES * FLOAT * seqlen * int(text.vocab_size)
     # The head in the type of the products, made again for every sequence.
     head = FLOAT // 2 * int(text.vocab_size) * int(text.hidden_size)
-    copies = BACKWARD_COPIES + (ROTATED_COPIES if _rotates(assignment) else 0)
+    copies = BACKWARD_COPIES + (ROTATED_COPIES if _turned(job, assignment) else 0)
     block = copies * FLOAT * _largest_block(assignment)
     return codes + TUNED_GROUP * groups + tables + states + logits + head + block
 
@@ -140,14 +140,22 @@ def held_codes(job: Job, spec: QuantSpec, shape: tuple[int, int]) -> int:
     return rows * (columns + wide) + (TUNED_COLUMN * columns if ordered else 0)
 
 
-def _sba_memory(source: SourceModel, assignment: Assignment, data: tuple[int, int, int]) -> int:
+def _sba_memory(source: SourceModel, job: Job, assignment: Assignment, data: tuple[int, int, int]) -> int:
     """What the search of SBA holds of a block: sums of all inputs, candidates of all matrices, and their outputs."""
     tokens = min(SWEPT, data[1] * min(data[2], data[0]))
     widest = max((ref.shape[0] for ref in source.map.matrices), default=0)
     outputs = SWEPT_COPIES * FLOAT * tokens * widest
-    return max(_inputs_memory(source, k) for k in range(source.map.n_blocks)) + (
-        CANDIDATES * FLOAT * _largest_block(assignment) + outputs
-    )
+    inputs = max(_inputs_memory(source, k) for k in range(source.map.n_blocks))
+    if job.allocation is not None and job.allocation.search.ranges == "gptq":
+        return inputs + _one_by_gptq(source)
+    return inputs + CANDIDATES * FLOAT * _largest_block(assignment) + outputs
+
+
+def _one_by_gptq(source: SourceModel) -> int:
+    """What trying widths of one matrix by GPTQ holds: its sums in its basis, their factor, and copies of the matrix."""
+    largest = max((ref.shape[0] * ref.shape[1] for ref in source.map.matrices), default=0)
+    square = FLOAT * max((ref.shape[1] for ref in source.map.matrices), default=0) ** 2
+    return 2 * square + max(2 * DOUBLE // FLOAT * square, SOLVER_COPIES * FLOAT * largest) + FLOAT * largest
 
 
 def _survey_memory(source: SourceModel, assignment: Assignment, seqlen: int) -> int:
@@ -156,8 +164,7 @@ def _survey_memory(source: SourceModel, assignment: Assignment, seqlen: int) -> 
     widest = max((max(ref.shape) for ref in source.map.matrices), default=hidden)
     kept = FLOAT * seqlen * (KEPT_HIDDEN_COPIES * hidden + KEPT_WIDEST_COPIES * widest)
     largest = max((ref.shape[0] * ref.shape[1] for ref in source.map.matrices), default=0)
-    square = FLOAT * max((ref.shape[1] for ref in source.map.matrices), default=0) ** 2
-    solving = 2 * square + max(2 * DOUBLE // FLOAT * square, SOLVER_COPIES * FLOAT * largest)
+    solving = _one_by_gptq(source)
     rotated = FLOAT * largest * ROTATED_COPIES
     back = LEAVES * FLOAT * _largest_block(assignment) + kept + rotated
     return max(_inputs_memory(source, k) for k in range(source.map.n_blocks)) + max(back, solving + rotated)
@@ -180,9 +187,15 @@ def _inputs_memory(source: SourceModel, block: int) -> int:
     return FLOAT * sum(refs[i].shape[1] ** 2 for i in groups)
 
 
-def _rotates(assignment: Assignment) -> bool:
-    """Whether any matrix is stored rotated."""
-    return any(spec.rotation for spec in assignment.specs.values())
+def _turned(job: Job, assignment: Assignment) -> bool:
+    """Whether any matrix is stored in another basis than its input channels as they are, and copied on the way."""
+    return any(_in_basis(job, spec) for spec in assignment.specs.values())
+
+
+def _in_basis(job: Job, spec: QuantSpec) -> bool:
+    """Whether a matrix is rotated, or its channels are or will be sorted."""
+    sorting = job.searches is not None and job.allocation is not None and job.allocation.sort
+    return bool(spec.rotation or spec.channels or sorting)
 
 
 def _largest_block(assignment: Assignment) -> int:
@@ -220,7 +233,7 @@ def _solver_memory(source: SourceModel, job: Job, assignment: Assignment) -> int
             continue
         peers = [other for other in source.map.block_matrices(ref.block) if _together(ref, other)]
         stacked = FLOAT * sum(other.shape[0] * other.shape[1] for other in peers)
-        stack = stacked * ((len(peers) > 1) + bool(assignment.specs[ref.name].rotation))
+        stack = stacked * ((len(peers) > 1) + _in_basis(job, assignment.specs[ref.name]))
         square = FLOAT * ref.shape[1] ** 2
         memory = stack + SOLVER_COPIES * stacked
         if Need.HESSIAN in needs:
@@ -232,7 +245,7 @@ def _solver_memory(source: SourceModel, job: Job, assignment: Assignment) -> int
             else:
                 alive = square * max(1, sum(1 for other in block if other.param == ref.param))
             kinds = (2 if Need.EXACT in needs else 1) * (2 if Need.HELD_OUT in needs else 1)
-            sums = kinds * (alive + (square if assignment.specs[ref.name].rotation else 0))
+            sums = kinds * (alive + (square if _in_basis(job, assignment.specs[ref.name]) else 0))
             memory = stack + sums + square + max(2 * DOUBLE // FLOAT * square, SOLVER_COPIES * stacked)
         worst = max(worst, memory)
     return worst

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitfloor.calib.block import BlockRunner
 from bitfloor.calib.capture import Call, capture
 from bitfloor.calib.streams import Stream
+from bitfloor.core.bit_plan import order_text
 from bitfloor.core.errors import BitfloorError
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.linalg import all_finite
@@ -183,7 +184,9 @@ class Run:
             error = self._advance(runner, dense, targets or None)
             entry = self._entry(k, result, error, time.perf_counter() - began)
             if searched:
-                entry.facts["allocation"] = {name: asdict(found) for name, found in searched.items()}
+                entry.facts["allocation"] = {
+                    name: {**asdict(found), "channels": order_text(found.channels)} for name, found in searched.items()
+                }
             self.journal.put(part_name(k), entry)
         finally:
             self.source.release_block(k)

@@ -140,7 +140,7 @@ def survey(
             inputs = states.pop()
             own = {name: rotations[name] for name in runner.names if name in rotations}
             sums = _inputs(runner, inputs, own)
-            bases = {n: Basis(by_size(sums[n].total.diagonal()) if options.sort else (), r) for n, r in own.items()}
+            bases = {n: Basis(by_size(sums[n].total.diagonal()) if options.sort else b"", r) for n, r in own.items()}
             visit(runner, _stakes(_fisher(runner, inputs, flow, bases, tokens), sums, bases, tokens))
             inputs.close()
             source.release_block(k)
@@ -214,14 +214,15 @@ def _fisher(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums of ``F`` over columns ``[O]`` and rows ``[I]``; ``flow`` becomes the gradient of what enters, in place."""
     found = {}
+    device = next(runner.module.parameters()).device
     for name in bases:
         rows, columns = runner.ref(name).shape
-        device = runner.weight(name).device
         found[name] = (torch.zeros(rows, device=device), torch.zeros(columns, device=device))
     weights = {name: runner.weight(name).clone() for name in bases}
     for i, x in enumerate(inputs):
-        gradient = flow[i]
-        leaf = x.to(gradient.device).requires_grad_()
+        # What lies on disk comes back on the CPU.
+        gradient = flow[i].to(device)
+        leaf = x.to(device).requires_grad_()
         for weight in weights.values():
             weight.requires_grad_().grad = None
         with torch.enable_grad():

@@ -99,23 +99,22 @@ class Ends:
         source.load_outer(device, head=False)
         try:
             path, param = source.map.blocks_path, self.refs[name].param
-            exact = capture(source.skeleton, path, list(rows)).hidden
             table = source.skeleton.get_parameter(param).detach()
             used = torch.unique(torch.cat([ids.flatten() for ids in rows]))
             tokens = sum(ids.numel() for ids in rows)
             for at, bits in enumerate(self.widths):
                 # Only the rows that occur matter, and only they are rounded.
                 rough = table.clone()
-                rough[used] = rounded(table[used], self.specs[name], bits)
-                with poured(source, {param: rough}):
-                    moved = capture(source.skeleton, path, list(rows)).hidden
-                for ids, before, after, gradient in zip(rows, exact, moved, flow, strict=True):
-                    products = (gradient * (after - before).to(gradient.device)).sum(-1).flatten()
+                for part in torch.split(used, ROWS):
+                    rough[part] = rounded(table[part], self.specs[name], bits)
+                for ids, gradient in zip(rows, flow, strict=True):
+                    exact = capture(source.skeleton, path, [ids]).hidden[0]
+                    with poured(source, {param: rough}):
+                        moved = capture(source.skeleton, path, [ids]).hidden[0] - exact
+                    products = (gradient.to(moved.device) * moved).sum(-1).flatten()
                     own, which = torch.unique(ids, return_inverse=True)
-                    total = products.new_zeros(len(own)).index_add_(0, which.flatten(), products)
+                    total = products.new_zeros(len(own)).index_add_(0, which.flatten().to(products.device), products)
                     self.losses[name][at] += float(total.square().sum(dtype=torch.float64)) / (2 * tokens)
-                moved.close()
-            exact.close()
         finally:
             source.release_outer()
 

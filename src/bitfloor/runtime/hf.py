@@ -71,6 +71,11 @@ class BitfloorQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from bitfloor.formats.native import check_channels
+
+        for name, buffer in model.named_buffers():
+            if name.endswith(".channels") and buffer.device.type != "meta":
+                check_channels(name.removesuffix(".channels"), buffer)
         model._weight_conversions = []  # tensors keep their names when saved; no older spelling is restored
         return model
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bitfloor.core.affine import stored, stored_scale
 from bitfloor.core.basis import Basis
+from bitfloor.core.channels import pack_order
 from bitfloor.core.packed import PackedWeight, Segment, column_index, segment_codes
 from bitfloor.solvers.ranges import grouped
 
@@ -97,7 +98,7 @@ class TunedScales:
         if not tunable(weight):
             raise ValueError("a matrix with channel scales has no scales to tune")
         self.shape, self.dtype = weight.shape, weight.segments[0].scale.dtype
-        self.basis = Basis(() if weight.channels is None else tuple(weight.channels.tolist()), weight.rotation)
+        self.basis = Basis(b"" if weight.channels is None else pack_order(weight.channels.tolist()), weight.rotation)
         groups = [segment.groups for segment in weight.segments]
         self.factor = torch.ones(weight.shape[0], sum(groups), device=weight.segments[0].scale.device)
         factors = torch.split(self.factor, groups, dim=1)

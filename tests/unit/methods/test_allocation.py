@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from bitfloor.core.affine import decode
-from bitfloor.core.spec import QuantSpec
+from bitfloor.core.spec import MatrixRef, QuantSpec
 from bitfloor.methods.allocation import SbaConfig, Widths, _by_errors
 from bitfloor.methods.gptq import Shown, solve
 from bitfloor.methods.options import GptqConfig
+from bitfloor.pipeline.budget import item_of
+from bitfloor.pipeline.job import Allocation
+from bitfloor.pipeline.survey import Stakes
 from bitfloor.solvers.slim_bits import widths_of
 
 COLUMNS, GROUP = 96, 8
@@ -29,7 +32,7 @@ def layer(salient: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 def found(salient: float, config: SbaConfig = TUNED) -> Widths:
     weight, hessian = layer(salient)
-    return _by_errors(weight, hessian, QuantSpec(2, GROUP), config, ())
+    return _by_errors(weight, hessian, QuantSpec(2, GROUP), config, b"")
 
 
 def left(weight: torch.Tensor, hessian: torch.Tensor, widths: tuple[int, ...]) -> float:
@@ -62,10 +65,26 @@ def test_where_nothing_is_salient_nothing_is_promoted_and_where_something_is_it_
     assert left(weight, hessian, loud.widths) < 0.8 * left(weight, hessian, (2,) * len(loud.widths))
 
 
+def test_every_plan_of_a_budget_loses_what_gptq_leaves_with_it() -> None:
+    """Not the sum of what its groups lose while all have one width, which is off by half here."""
+    weight, hessian = layer(8.0)
+    ref, spec = MatrixRef("a", "a", (48, COLUMNS), 0, "linear"), QuantSpec(2, GROUP)
+    how = GptqConfig(importance=TUNED.importance, damping=TUNED.damping, static_groups=False)
+    item = item_of(ref, spec, weight, Stakes(torch.ones(48), hessian, 2048), Allocation("budget"), how)
+    energy = float(((weight @ hessian) * weight).sum())
+    mixed = [plan for plan in item.options if len(set(plan)) > 1]
+    assert len(mixed) > 4
+    sums, table = [], torch.tensor(item.why["distortion"])
+    for plan, loss in zip(item.options, item.losses.tolist(), strict=True):
+        assert loss == pytest.approx(0.5 * energy * left(weight, hessian, plan), rel=0.01), plan
+        sums.append(float(table[torch.arange(len(plan)), torch.tensor(plan) - 1].sum()) / loss)
+    assert max(sums) > 1.3
+
+
 def test_the_published_range_has_no_candidate_without_a_promotion() -> None:
     assert "0" not in found(1.0, replace(TUNED, uniform=False)).why["error"]
 
 
 def test_few_groups_keep_their_width() -> None:
     weight, hessian = layer(1.0)
-    assert _by_errors(weight, hessian, QuantSpec(2, 48), TUNED, ()).widths == (2, 2)
+    assert _by_errors(weight, hessian, QuantSpec(2, 48), TUNED, b"").widths == (2, 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 from bitfloor.core.affine import encode, pack
 from bitfloor.core.basis import basis_of, restored
 from bitfloor.core.bitpack import blocked
+from bitfloor.core.channels import pack_order
 from bitfloor.core.packed import PackedWeight, Segment, column_index, dequantize, expand_groups, segment_codes
 from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
@@ -56,7 +57,7 @@ MIXED = [
     QuantSpec(2, 8, widths=(3, 1, 2), rotation=8),
     QuantSpec(2, 6, True, widths=(1, 3, 1, 2)),
     QuantSpec(2, 6, False, "bfloat16", 4, (8, 6, 5, 6)),
-    QuantSpec(2, 8, rotation=8, widths=(3, 1, 2), channels=tuple(reversed(range(20)))),
+    QuantSpec(2, 8, rotation=8, widths=(3, 1, 2), channels=pack_order(list(reversed(range(20))))),
 ]
 THREE = {"columns": 7, "bits": 3, "group_size": 4}
 ODD = [

@@ -117,7 +117,7 @@ def plan(
 
     Loads no weights, and refuses what does not fit in memory.
     """
-    load_recipe(recipe, overrides or (), calibration=calibration)
+    asked = load_recipe(recipe, overrides or (), calibration=calibration).allocation
     from bitfloor import api
 
     planned = api.plan(
@@ -149,6 +149,10 @@ def plan(
             ],
         )
     )
+    if asked is not None and asked.tables and asked.plan is None:
+        print_note(
+            "\nembedding and head share the blocks' budget: the size is promised, how it is divided is found later"
+        )
 
 
 def collapsed(matrices: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
 from bitfloor.core.headers import byte_count
 from bitfloor.core.spec import MatrixRef, QuantSpec
 from bitfloor.formats.layout import Layout, tensor_names
 
+Tiers = Callable[[int], list[tuple[int, int]]]
 
-def spec_layout(ref: MatrixRef, spec: QuantSpec) -> Layout:
-    """The layout a matrix will have: a segment for each width, narrow ones first, as it is packed."""
+
+def spec_layout(ref: MatrixRef, spec: QuantSpec, tiers: Tiers | None = None) -> Layout:
+    """The layout a matrix will have: a segment for each width, narrow ones first, as it is packed.
+
+    Args:
+        ref: the matrix.
+        spec: its storage.
+        tiers: of a method that stores whole channels at widths of its own; None for any other.
+    """
+    if tiers is not None and ref.block >= 0:
+        return _tier_layout(ref, spec, tiers)
     rows, columns = ref.shape
     size = spec.columns_per_group(columns)
     widths = spec.group_widths(columns)
@@ -41,6 +53,46 @@ def spec_layout(ref: MatrixRef, spec: QuantSpec) -> Layout:
     if spec.channels:
         layout["channels"] = True
     return layout
+
+
+def _tier_layout(ref: MatrixRef, spec: QuantSpec, tiers: Tiers) -> Layout:
+    """Segments of whole channels; those of one bit have offsets and a scale for each channel."""
+    rows, columns = ref.shape
+    parts = tiers(columns)
+    segments = [
+        {
+            "columns": own,
+            "bits": bits,
+            "group_size": own,
+            "zero": None if bits == 1 else "packed",
+            "offset": bits == 1,
+            "channel_scale": bits == 1,
+        }
+        for own, bits in parts
+    ]
+    return {
+        "shape": [rows, columns],
+        "kind": ref.kind,
+        "transposed": ref.transposed,
+        "scale_dtype": spec.scale_dtype,
+        "segments": segments,
+        "order": {"unit": 1, "count": columns} if len(parts) > 1 else None,
+    }
+
+
+def shared_orders(found: Mapping[str, tuple[int, int, Sequence[int]]]) -> dict[str, str]:
+    """Which matrices of a block use the order that another one stores: those of one module with equal orders.
+
+    Args:
+        found: name to the number of input channels, the order's unit and the order, for matrices that have one.
+    """
+    first: dict[tuple[object, ...], str] = {}
+    shared = {}
+    for name, (columns, unit, order) in found.items():
+        key = (name.rpartition(".")[0], columns, unit, tuple(order))
+        if first.setdefault(key, name) != name:
+            shared[name] = first[key]
+    return shared
 
 
 def stored_size(ref: MatrixRef, spec: QuantSpec) -> int:

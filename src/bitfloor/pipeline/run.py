@@ -27,6 +27,7 @@ from bitfloor.pipeline.ends import decode_table, make_ends
 from bitfloor.pipeline.events import Event, Progress, silent
 from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.journal import ENDS, Entry, Journal, part_name
+from bitfloor.pipeline.layouts import shared_orders
 
 # Batches that go through the float model too, for the reported error of each block, where the method needs none there.
 CHECKED = 2
@@ -228,9 +229,10 @@ class Run:
         """Move the streams through a block that an earlier run finished."""
         entry = self.journal.get(part_name(k))
         _, runner = self._open(k)
+        orders = entry.facts.get("orders", {})
         try:
             weights = {
-                name: dequantize(native.decode(name, layout, entry.tensors.__getitem__))
+                name: dequantize(native.decode(name, layout, entry.tensors.__getitem__, orders.get(name)))
                 for name, layout in entry.facts["layouts"].items()
             }
             self._advance(runner, weights)
@@ -279,8 +281,12 @@ class Run:
         refs = self.assignment.refs
         tensors: dict[str, Tensor] = {}
         layouts: dict[str, Any] = {}
+        own = {n: w for n, w in result.weights.items() if w.order is not None}
+        orders = shared_orders(
+            {n: (w.shape[1], w.order_unit, w.order.tolist()) for n, w in own.items() if w.order is not None}
+        )
         for name, weight in result.weights.items():
-            tensors.update(native.encode(name, weight))
+            tensors.update(native.encode(name, weight, orders.get(name)))
             layouts[name] = native.layout(weight, kind=refs[name].kind, transposed=refs[name].transposed)
         prefix = f"{self.source.map.block_path(k)}."
         kept = [name for name in self.source.map.kept if name.startswith(prefix)]
@@ -299,6 +305,7 @@ class Run:
             {name: tensor.cpu() for name, tensor in tensors.items()},
             {
                 "layouts": layouts,
+                **({"orders": orders} if orders else {}),
                 "reports": reports,
                 "learning": None if result.learning is None else asdict(result.learning),
                 "block_error": error,

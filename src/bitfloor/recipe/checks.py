@@ -27,6 +27,26 @@ def check_widths(recipe: Recipe, source: SourceModel, plan: BitPlan | None) -> N
             )
 
 
+def check_tiers(recipe: Recipe, source: SourceModel) -> None:
+    """Refuse a storage that PTQ1.61, which has its own, would not keep to.
+
+    Raises:
+        InputError: naming a matrix.
+    """
+    if recipe.method.name != "ptq161":
+        return
+    if recipe.allocation is not None:
+        raise InputError("ptq161 chooses whole channels and not groups; leave allocation out.")
+    for ref in source.map.matrices:
+        spec, _ = recipe.decide(ref.name)
+        if spec is not None and (spec.bits, spec.group_size, spec.rotation, spec.symmetric) != (1, -1, 0, False):
+            raise InputError(
+                f"ptq161 stores whole rows at one bit beside its salient channels, and {ref.name} is to have "
+                f"{spec.bits} bits, groups of {spec.group_size} and rotation {spec.rotation}; use spec.bits=1 "
+                "spec.group_size=-1, or keep the matrix."
+            )
+
+
 def check_grids(recipe: Recipe, source: SourceModel) -> None:
     """Refuse the published search of ranges where it is not defined.
 

@@ -13,7 +13,7 @@ from bitfloor.cli.bits import CELL, COLOURS, GAP
 from bitfloor.pipeline.timing import remember
 
 SCHEMA = {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "tuning", "layers"}
-LAYER = {"name", "shape", "segments", "rotation", "bytes", "bits_per_weight", "block_error", "learning"}
+LAYER = {"name", "shape", "segments", "rotation", "sorted", "bytes", "bits_per_weight", "block_error", "learning"}
 
 
 def test_the_json_is_exactly_the_documented_one(run: Run, folder: Folder) -> None:
@@ -38,6 +38,7 @@ def test_the_json_is_exactly_the_documented_one(run: Run, folder: Folder) -> Non
         "shape": [16, 64],
         "segments": [{"bits": 4, "columns": 32, "group_size": 32}, {"bits": 1, "columns": 32, "group_size": 32}],
         "rotation": 0,
+        "sorted": False,
         "bytes": 394,
         "bits_per_weight": 8 * 394 / 1024,
         "block_error": 0.25,

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | ``S, N`` | ``salient``, ``others`` | the channels at more bits, and the rest |
 | ``q, s, z`` | codes, scale, zero-point | of the salient columns, a grid for each row |
-| ``b`` | ``signs`` ``[O, |N|]`` | whether ``w >= mu``, 1 or 0 |
+| ``b`` | ``signs`` ``[O, |N|]`` | whether ``w >= mu``, 1 or 0; kept |
 | ``mu`` | ``mean`` ``[O]`` | mean of a row over ``N``, zeros left out; kept |
 | ``alpha`` | ``spread`` ``[O]`` | ``mean |w|`` of a row over ``N``, zeros left out; learned |
 | ``r1 [O], r2 [|N|]`` | ``rows``, ``columns`` | factors of rows and columns, 1 at the start; learned |
@@ -17,7 +17,8 @@ What is stored of ``N`` is one bit a weight, ``scale = 2 r1 alpha`` and ``offset
 
     dL/dscale_i = sum_j g r2_j b      dL/doffset_i = sum_j g r2_j      dL/dr2_j = sum_i g (scale_i b + offset_i)
 
-Deviations: the sign of exactly ``mu`` is plus (the code's sign of zero is zero, which one bit cannot hold).
+Deviations: the sign of exactly ``mu`` is plus (the code's sign of zero is zero, which one bit cannot hold). A row that
+is one number over ``N`` (zero, above all) has ``alpha = 0`` for good: it is stored as that number, as in the code.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ class TwoTiers:
     def pack(self, dtype: torch.dtype) -> PackedWeight:
         """Two segments, the salient one first, and the order of the channels.
 
+        The order of two parts is stored even where it is the natural one, so that bytes follow from shapes.
+
         Args:
             dtype: of the stored scales.
         """
@@ -96,16 +99,21 @@ class TwoTiers:
                     start=segments[-1].stop if segments else 0,
                 )
             )
-        rows = len(segments[0].scale)
         order = torch.cat([self.salient, self.others])
-        natural = bool((order == torch.arange(len(order), device=order.device)).all())
-        return PackedWeight((rows, len(order)), tuple(segments), None if natural else order)
+        shape = (len(segments[0].scale), len(order))
+        return PackedWeight(shape, tuple(segments), order if len(segments) > 1 else None)
 
 
 def row_statistics(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``mu, alpha`` ``[O]`` of the binary columns ``[O, |N|]``: means of ``w`` and ``|w|`` over what is not zero."""
+    """``mu, alpha`` ``[O]`` of the binary columns ``[O, |N|]``: means of ``w`` and ``|w|`` over what is not zero.
+
+    Of a row that is one number, that number and 0.
+    """
     count = (weight != 0).sum(1).clamp_min(1)
-    return weight.sum(1) / count, weight.abs().sum(1) / count
+    first = weight[:, :1]
+    single = (weight == first).all(1)
+    mean = torch.where(single, first.sum(1), weight.sum(1) / count)
+    return mean, torch.where(single, 0.0, weight.abs().sum(1) / count)
 
 
 class LearnedScales:
@@ -133,7 +141,8 @@ class LearnedScales:
         self.salient, self.others, self.codes, self.grid = salient, others, codes, grid
         part = weight.index_select(1, others)
         self.mean, self.spread = row_statistics(part)
-        self.signs = (part >= self.mean.unsqueeze(1)).to(torch.uint8)
+        self.alive = self.spread > 0
+        self.signs = ((part >= self.mean.unsqueeze(1)) & self.alive.unsqueeze(1)).to(torch.uint8)
         self.rows = torch.ones_like(self.mean)
         self.columns = torch.ones(len(others), device=weight.device)
         self.adam, self.steps = AdamW(BETAS), 0
@@ -169,7 +178,7 @@ class LearnedScales:
         weighted = flow * part.columns
         scale, offset = (weighted * codes).sum(1), weighted.sum(1)
         moves = {
-            "spread": self.rows * (2.0 * scale - offset),
+            "spread": self.rows * (2.0 * scale - offset) * self.alive,
             "rows": 2.0 * self.spread * scale + (self.mean - self.spread) * offset,
             "columns": (flow * (codes * part.scale.unsqueeze(1) + part.offset.unsqueeze(1))).sum(0),
         }
@@ -184,5 +193,9 @@ class LearnedScales:
 
 
 def salient_count(columns: int, ratio: float, multiple: int) -> int:
-    """How many channels are salient: the ratio of them, rounded down to whole multiples; all of them at ratio 1."""
-    return columns if ratio >= 1.0 else int(ratio * columns) // multiple * multiple
+    """How many channels are salient: the ratio of them, rounded down to whole multiples; all of them at ratio 1.
+
+    Where that leaves none (a matrix narrower than a multiple by the ratio) they are not rounded to multiples.
+    """
+    count = columns if ratio >= 1.0 else int(ratio * columns + 1e-6)
+    return count if ratio >= 1.0 or count < multiple else count // multiple * multiple

@@ -38,6 +38,28 @@ class Turned:
         return self.inner.snapshot()
 
 
+class Stacked:
+    """Learnables of equally many rows each as one, row below row: experts that share nothing but their parameter."""
+
+    def __init__(self, parts: Sequence[Learnable]) -> None:
+        self.parts = parts
+
+    def fake_quantized(self) -> Tensor:
+        first = self.parts[0].fake_quantized()
+        out = first.new_empty(len(self.parts), *first.shape)
+        out[0] = first
+        for place, part in zip(out[1:], self.parts[1:], strict=True):
+            place.copy_(part.fake_quantized())
+        return out.flatten(0, 1)
+
+    def step(self, grad: Tensor, rate: float, range_rate: float) -> None:
+        for part, own in zip(self.parts, grad.chunk(len(self.parts)), strict=True):
+            part.step(own, rate, range_rate)
+
+    def snapshot(self) -> Any:
+        return [part.snapshot() for part in self.parts]
+
+
 def turned(learnt: Learnable, spec: QuantSpec) -> Learnable:
     """What the block sees of a learnable made of a matrix in the basis that ``spec`` asks for."""
     basis = basis_of(spec)

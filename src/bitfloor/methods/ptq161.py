@@ -15,11 +15,11 @@ from bitfloor.core.errors import BitfloorError
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need, stages
-from bitfloor.methods.learning import Objective, learn_block, learning_of
+from bitfloor.methods.learning import Objective, Stacked, learn_block, learning_of, units
 from bitfloor.methods.options import Ptq161Config
 from bitfloor.solvers.block_opt import Schedule
 from bitfloor.solvers.ranges import minmax_grid, search_grid
-from bitfloor.solvers.two_tier import LearnedScales, row_statistics, salient_count
+from bitfloor.solvers.two_tier import LearnedScales, TwoTiers, row_statistics, salient_count
 
 
 class Ptq161:
@@ -29,14 +29,15 @@ class Ptq161:
     which their columns are stored. Signs and codes stay as they are found.
 
     Deviations: the number of salient channels is rounded down to a multiple (the code takes one more than a fifth, and
-    ties); the best step on fixed batches is kept; batches come in random order; the last position is not compared.
+    ties); the best step on fixed batches is kept; batches come in random order; the last position is not compared;
+    zero-points count from 0 to 15 and scales are 16-bit numbers at every step.
     """
 
     name: ClassVar[str] = "ptq161"
     paper: ClassVar[str] = "PTQ1.61, arXiv 2502.13179"
     summary: ClassVar[str] = "a fifth of the channels at 4 bits, the others at 1, scales learned; an hour per model"
     Config: ClassVar[type[Ptq161Config]] = Ptq161Config
-    # fake-quantized weight, its gradient, what that is summed from; signs, now and at the best step
+    # fake-quantized weight, its gradient, what that is summed from; sign or code; vectors, less than a byte a weight
     learnt_bytes: ClassVar[int] = 14
 
     def __init__(self, config: Ptq161Config, seed: int = 0) -> None:
@@ -66,7 +67,7 @@ class Ptq161:
         if not specs:
             return result
         began = time.perf_counter()
-        config, learnt, notes = self.config, {}, {}
+        config, parts, notes = self.config, {}, {}
         for group, order, note in self._orders(block, exact, specs):
             count = salient_count(len(order), config.ratio, config.multiple)
             salient, others = order[:count].sort().values, order[count:].sort().values
@@ -74,10 +75,15 @@ class Ptq161:
                 weight, spec = block.weight(name).contiguous(), specs[name]
                 codes, grid = self._salient(weight, salient, spec) if count else (None, None)
                 dtype = getattr(torch, spec.scale_dtype)
-                learnt[name] = LearnedScales(weight, salient, others, codes, grid, dtype)
+                parts[name] = LearnedScales(weight, salient, others, codes, grid, dtype)
                 notes[name] = note
+        tall = units(block, specs)
+        learnt = {
+            unit: Stacked([parts[n] for n in names]) if len(names) > 1 else parts[names[0]]
+            for unit, names in tall.items()
+        }
         schedule = Schedule(
-            config.steps,
+            config.steps if any(len(part.others) for part in parts.values()) else 0,
             config.rate,
             check_every=config.check_every,
             patience=config.patience,
@@ -88,8 +94,11 @@ class Ptq161:
         outcome = learn_block(block, inputs, targets, learnt, schedule, objective)
         seconds = (time.perf_counter() - began) / len(specs)
         result.learning = learning_of(outcome)
-        for index, name in enumerate(specs):
-            result.weights[name] = outcome.best[name].pack(getattr(torch, specs[name].scale_dtype))
+        best: dict[str, TwoTiers] = {}
+        for unit, names in tall.items():
+            best.update(zip(names, outcome.best[unit] if len(names) > 1 else [outcome.best[unit]], strict=True))
+        for index, (name, spec) in enumerate(specs.items()):
+            result.weights[name] = best[name].pack(getattr(torch, spec.scale_dtype))
             told = [note for note in (notes[name], outcome.note if index == 0 else None) if note]
             result.reports[name] = MatrixReport(None, seconds, "; ".join(told) or None)
         trim_heap()
@@ -105,7 +114,7 @@ class Ptq161:
         found = []
         for index, group in enumerate(groups):
             own, note = seen[group[0]], None
-            if not own.rows:
+            if not own.rows and self.config.score != "random":
                 note = "saw no calibration token; its salient channels are those with the largest weights"
             score = self._score(own, [block.weight(name) for name in group], self.seed + index)
             if not bool(torch.isfinite(score).all()):
@@ -150,6 +159,8 @@ class _Score:
         self.rows = 0
 
     def add(self, x: Tensor) -> None:
+        if not len(x):
+            return
         values = x.float().abs()
         torch.maximum(self.largest, values.amax(0), out=self.largest)
         self.total += values.sum(0)

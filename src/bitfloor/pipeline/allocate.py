@@ -91,7 +91,7 @@ def plan_of_run(
     """The plan that a run's blocks have found, from what the journal says of them; None if they did not look."""
     if job.allocation is None:
         return None
-    matrices, layouts, orders = {}, {}, set()
+    matrices, layouts = {}, {}
     for part in facts.values():
         for name, found in part.get("allocation", {}).items():
             spec, ref = assignment.specs[name], assignment.refs[name]
@@ -100,10 +100,9 @@ def plan_of_run(
                 ref.shape, size, spec.rotation, tuple(found["widths"]), found["why"], tuple(found["channels"])
             )
         layouts.update(part["layouts"])
-        orders |= set(part.get("orders", {}))
     if not matrices:
         return None
-    sizes = stored_bytes({name: layouts[name] for name in matrices}, orders)
+    sizes = stored_bytes({name: layouts[name] for name in matrices})
     weights = sum(plan.shape[0] * plan.shape[1] for plan in matrices.values())
     stored = 8 * sum(sizes.values()) / weights
     settings = {**asdict(job.allocation.search), "sequences": job.allocation.sequences}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 from bitfloor.core.headers import byte_count
 from bitfloor.core.spec import MatrixRef, QuantSpec
@@ -56,7 +56,7 @@ def spec_layout(ref: MatrixRef, spec: QuantSpec, tiers: Tiers | None = None) -> 
 
 
 def _tier_layout(ref: MatrixRef, spec: QuantSpec, tiers: Tiers) -> Layout:
-    """Segments of whole channels; those of one bit have offsets and a scale for each channel."""
+    """Segments of whole channels; those of one bit have offsets and a scale for each channel. Two have an order."""
     rows, columns = ref.shape
     parts = tiers(columns)
     segments = [
@@ -80,19 +80,30 @@ def _tier_layout(ref: MatrixRef, spec: QuantSpec, tiers: Tiers) -> Layout:
     }
 
 
-def shared_orders(found: Mapping[str, tuple[int, int, Sequence[int]]]) -> dict[str, str]:
-    """Which matrices of a block use the order that another one stores: those of one module with equal orders.
+def input_twins(refs: Iterable[MatrixRef], wanted: Collection[str]) -> dict[str, str]:
+    """Which matrices of a block read the tensor that another one reads, as far as names and shapes tell.
+
+    Matrices of one module with equally many input channels read one tensor: query, key and value; gate and up. Where
+    all of a module have equally many, the last one reads what the others made: an output projection of attention.
 
     Args:
-        found: name to the number of input channels, the order's unit and the order, for matrices that have one.
+        refs: all matrices of the block, in module order.
+        wanted: those to speak of.
+
+    Returns:
+        name to the first wanted matrix that reads the same, for those that are not the first.
     """
-    first: dict[tuple[object, ...], str] = {}
-    shared = {}
-    for name, (columns, unit, order) in found.items():
-        key = (name.rpartition(".")[0], columns, unit, tuple(order))
-        if first.setdefault(key, name) != name:
-            shared[name] = first[key]
-    return shared
+    modules: dict[str, list[MatrixRef]] = {}
+    for ref in refs:
+        modules.setdefault(ref.name.rpartition(".")[0], []).append(ref)
+    twins = {}
+    for members in modules.values():
+        alike = members[:-1] if len({ref.shape[1] for ref in members}) == 1 else members
+        first: dict[int, str] = {}
+        for ref in (ref for ref in alike if ref.name in wanted):
+            if first.setdefault(ref.shape[1], ref.name) != ref.name:
+                twins[ref.name] = first[ref.shape[1]]
+    return twins
 
 
 def stored_size(ref: MatrixRef, spec: QuantSpec) -> int:

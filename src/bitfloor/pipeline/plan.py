@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from bitfloor.core.errors import InputError
@@ -11,8 +11,8 @@ from bitfloor.formats.layout import Layout
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.allocate import with_plan
 from bitfloor.pipeline.budget import check_budget, promised_bits
-from bitfloor.pipeline.job import Assignment, Job, assign, check_loadable
-from bitfloor.pipeline.layouts import Tiers, shared_orders, spec_layout
+from bitfloor.pipeline.job import Job, assign, check_loadable
+from bitfloor.pipeline.layouts import Tiers, input_twins, spec_layout
 from bitfloor.pipeline.memory import available_memory, peak_memory
 from bitfloor.pipeline.sizes import matrix_bytes, parameter_sizes, size_summary, stored_bytes
 
@@ -41,7 +41,7 @@ def make_plan(
     check_loadable(source.skeleton, assignment)
     tiers = job.method.tiers
     layouts = {name: spec_layout(assignment.refs[name], spec, tiers) for name, spec in assignment.specs.items()}
-    stored = stored_bytes(layouts, _shared(source, assignment, layouts))
+    stored = stored_bytes(layouts, _shared(source, layouts) if tiers else ())
     # Where widths are found by the run, the most that its blocks may take; single matrices are shown as if uniform.
     promised = None if job.searches is None else int(promised_bits(job, assignment) / BYTE)
     held = parameter_sizes(source)
@@ -71,19 +71,10 @@ def make_plan(
     }
 
 
-def _shared(source: SourceModel, assignment: Assignment, layouts: Mapping[str, Layout]) -> set[str]:
+def _shared(source: SourceModel, layouts: Mapping[str, Layout]) -> set[str]:
     """Matrices whose order another one of their module will store."""
-    found: set[str] = set()
-    for k in range(source.map.n_blocks):
-        own: dict[str, tuple[int, int, Sequence[int]]] = {}
-        for name in assignment.of_block(k):
-            order, columns = layouts[name]["order"], assignment.refs[name].shape[1]
-            if order is not None:
-                widths = assignment.specs[name].group_widths(columns)
-                # Equal widths make equal orders; whole channels are ordered by what enters them.
-                own[name] = (columns, order["unit"], sorted(range(len(widths)), key=widths.__getitem__))
-        found |= set(shared_orders(own))
-    return found
+    ordered = {name for name, layout in layouts.items() if layout["order"] is not None}
+    return {name for k in range(source.map.n_blocks) for name in input_twins(source.map.block_matrices(k), ordered)}
 
 
 def shown_bits(spec: QuantSpec, ref: MatrixRef, tiers: Tiers | None = None) -> float | int:

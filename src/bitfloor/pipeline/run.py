@@ -17,7 +17,7 @@ from bitfloor.calib.streams import Stream
 from bitfloor.core.errors import BitfloorError
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.linalg import all_finite
-from bitfloor.core.packed import dequantize
+from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.core.spec import QuantSpec
 from bitfloor.formats import native
 from bitfloor.methods.allocation import Widths, allocate_block
@@ -27,7 +27,7 @@ from bitfloor.pipeline.ends import decode_table, make_ends
 from bitfloor.pipeline.events import Event, Progress, silent
 from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.journal import ENDS, Entry, Journal, part_name
-from bitfloor.pipeline.layouts import shared_orders
+from bitfloor.pipeline.layouts import input_twins
 
 # Batches that go through the float model too, for the reported error of each block, where the method needs none there.
 CHECKED = 2
@@ -281,10 +281,7 @@ class Run:
         refs = self.assignment.refs
         tensors: dict[str, Tensor] = {}
         layouts: dict[str, Any] = {}
-        own = {n: w for n, w in result.weights.items() if w.order is not None}
-        orders = shared_orders(
-            {n: (w.shape[1], w.order_unit, w.order.tolist()) for n, w in own.items() if w.order is not None}
-        )
+        orders = self._shared_orders(k, result.weights)
         for name, weight in result.weights.items():
             tensors.update(native.encode(name, weight, orders.get(name)))
             layouts[name] = native.layout(weight, kind=refs[name].kind, transposed=refs[name].transposed)
@@ -312,6 +309,14 @@ class Run:
                 "seconds": seconds,
             },
         )
+
+    def _shared_orders(self, k: int, weights: Mapping[str, PackedWeight]) -> dict[str, str]:
+        """Matrices that use the order that another one stores: of whole channels, where one tensor feeds both."""
+        if self.job.method.tiers is None:
+            return {}
+        found = {name: weight.order for name, weight in weights.items() if weight.order is not None}
+        twins = input_twins(self.source.map.block_matrices(k), found)
+        return {name: first for name, first in twins.items() if torch.equal(found[name], found[first])}
 
     # -- telling -------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bitfloor.core.bit_plan import BitPlan
 from bitfloor.core.errors import InputError
 from bitfloor.core.spec import BITS
+from bitfloor.methods.table import METHODS
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.recipe.schema import Recipe
 
@@ -28,22 +29,27 @@ def check_widths(recipe: Recipe, source: SourceModel, plan: BitPlan | None) -> N
 
 
 def check_tiers(recipe: Recipe, source: SourceModel) -> None:
-    """Refuse a storage that PTQ1.61, which has its own, would not keep to.
+    """Refuse a storage that a method with tiers of its own (PTQ1.61) would not keep to.
 
     Raises:
         InputError: naming a matrix.
     """
-    if recipe.method.name != "ptq161":
+    name = recipe.method.name
+    if METHODS[name].tiers is None:
         return
     if recipe.allocation is not None:
-        raise InputError("ptq161 chooses whole channels and not groups; leave allocation out.")
+        raise InputError(f"{name} chooses whole channels and not groups; leave allocation out.")
+    wanted = {"bits": 1, "group_size": -1, "rotation": 0, "symmetric": False}
     for ref in source.map.matrices:
         spec, _ = recipe.decide(ref.name)
-        if spec is not None and (spec.bits, spec.group_size, spec.rotation, spec.symmetric) != (1, -1, 0, False):
+        wrong = {} if spec is None else {k: getattr(spec, k) for k, own in wanted.items() if getattr(spec, k) != own}
+        if wrong:
             raise InputError(
-                f"ptq161 stores whole rows at one bit beside its salient channels, and {ref.name} is to have "
-                f"{spec.bits} bits, groups of {spec.group_size} and rotation {spec.rotation}; use spec.bits=1 "
-                "spec.group_size=-1, or keep the matrix."
+                f"{name} stores whole rows at one bit beside its salient channels, and {ref.name} is to have "
+                + ", ".join(f"{key} = {str(value).lower()}" for key, value in wrong.items())
+                + "; use "
+                + " ".join(f"spec.{key}={str(wanted[key]).lower()}" for key in wrong)
+                + ", or keep the matrix."
             )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from cli.conftest import Folder, Run
 
-from bitfloor.cli.bits import CELL, COLOURS, GAP
+from bitfloor.cli.bits import CELL, COLOURS, GAP, widths_of
+from bitfloor.cli.inspection import Layer
 from bitfloor.pipeline.timing import remember
 
 SCHEMA = {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "tuning", "layers"}
@@ -123,6 +124,17 @@ def test_bits_are_counted_by_kind_and_by_depth(run: Run, folder: Folder, tmp_pat
     lines = zlib.decompress(data[data.index(b"IDAT") + 4 : -16])
     assert len(lines) == height * (1 + 3 * width)
     assert lines[1:4] == bytes(COLOURS[4]) and lines[1 + 3 * CELL : 4 + 3 * CELL] == bytes(COLOURS[1])
+
+
+def test_widths_of_whole_channels_count_by_columns() -> None:
+    def layer(*segments: tuple[int, int, int]) -> Layer:
+        parts = [dict(zip(("bits", "columns", "group_size"), part, strict=True)) for part in segments]
+        return Layer("a", "linear", (16, sum(part[1] for part in segments)), tuple(parts), 0, None, None, None)
+
+    assert widths_of(layer((4, 16, 16), (1, 64, 64)), None) == (4, 1, 1, 1, 1)
+    assert widths_of(layer((4, 9, 9), (1, 39, 39)), None) == (4,) * 3 + (1,) * 13
+    # Groups of one size, the last one short.
+    assert widths_of(layer((1, 24, 16), (2, 16, 16)), None) == (1, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import zlib
@@ -30,12 +31,17 @@ CELL, GAP = 6, 4
 
 
 def widths_of(layer: Layer, plan: BitPlan | None) -> tuple[int, ...]:
-    """Width of every group of a matrix, in natural order where the folder has a plan, else narrow ones first."""
+    """Width of every group of a matrix, in natural order where the folder has a plan, else as they are stored.
+
+    Groups of unequal sizes (whole channels of two widths) are cut into pieces of one size, so that each counts by its
+    columns.
+    """
     if plan is not None and layer.name in plan.matrices:
         return plan.matrices[layer.name].widths
     found: list[int] = []
+    size = math.gcd(*(segment["group_size"] for segment in layer.segments))
     for segment in layer.segments:
-        found += [segment["bits"]] * -(-segment["columns"] // segment["group_size"])
+        found += [segment["bits"]] * -(-segment["columns"] // size)
     return tuple(found)
 
 

@@ -257,7 +257,8 @@ def parse_config(content: Any) -> NativeConfig:
     orders = dict(content["orders"])
     for name, other in orders.items():
         known = name in matrices and other in matrices and other not in orders
-        if not known or any(layouts[matrices[n]]["order"] is None for n in (name, other)):
+        own, its = (layouts[matrices[n]] if known else {} for n in (name, other))
+        if not known or own["order"] is None or (own["order"], own["shape"][1]) != (its["order"], its["shape"][1]):
             raise _bad(f"{where}, orders", name, other)
     return NativeConfig(
         layouts, matrices, orders, dict(content["tied"]), tuple(content["kept"]), dict(content["recipe"])

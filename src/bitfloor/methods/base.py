@@ -137,6 +137,11 @@ class Method(Protocol):
     def __init__(self, config: Any, seed: int = 0) -> None: ...
 
     @property
+    def tiers(self) -> Callable[[int], list[tuple[int, int]]] | None:
+        """Where whole input channels are stored at widths of the method's own: ``(columns, bits)`` of the segments that
+        a matrix with so many input channels is stored as. None where the storage says it all."""
+
+    @property
     def learnt_bytes(self) -> int:
         """Bytes held for a weight while it is learnt, beside the weight; 0 for methods that do not learn."""
 

@@ -17,7 +17,7 @@ from bitfloor.core.packed import PackedWeight, segment_codes
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, Need
 from bitfloor.methods.gptq import Gptq
-from bitfloor.methods.learning import Rounded, learn_block, learnable, learning_of, split, stack, units
+from bitfloor.methods.learning import Objective, Rounded, learn_block, learnable, learning_of, split, stack, units
 from bitfloor.methods.options import BitfloorConfig
 from bitfloor.solvers.adamw import AdamW
 from bitfloor.solvers.block_opt import Learnable, Schedule
@@ -37,6 +37,7 @@ class Bitfloor:
     paper: ClassVar[str] = "GPTQ, arXiv 2210.17323; QEP, arXiv 2504.09629; SignRound, arXiv 2309.05516"
     summary: ClassVar[str] = "GPTQ with correction as a start, then a hundred steps a block; minutes per model"
     Config: ClassVar[type[BitfloorConfig]] = BitfloorConfig
+    tiers: ClassVar[None] = None
 
     def __init__(self, config: BitfloorConfig, seed: int = 0) -> None:
         self.config = config
@@ -80,7 +81,7 @@ class Bitfloor:
 
             learnt[unit], parts[unit] = learnable(basis_of(spec).to(block.weight(unit)), spec, refined)
         schedule = Schedule(config.steps, config.rate, SCALE_SHARE * config.rate, seed=self.seed)
-        outcome = learn_block(block, inputs, targets, learnt, schedule, config.suppress)
+        outcome = learn_block(block, inputs, targets, learnt, schedule, Objective(config.suppress))
         seconds = (time.perf_counter() - began) / len(specs)
         result.learning = learning_of(outcome)
         rounded = split(tall, outcome.best, parts)

@@ -38,6 +38,7 @@ class Gptq:
     paper: ClassVar[str] = "GPTQ, arXiv 2210.17323"
     summary: ClassVar[str] = "rounding that spreads each column's error over the columns to come; minutes per model"
     Config: ClassVar[type[GptqConfig]] = GptqConfig
+    tiers: ClassVar[None] = None
     learnt_bytes: ClassVar[int] = 0
 
     def __init__(self, config: GptqConfig, seed: int = 0) -> None:

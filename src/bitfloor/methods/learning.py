@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,28 @@ class Turned:
 
     def snapshot(self) -> Any:
         return self.inner.snapshot()
+
+
+class Stacked:
+    """Learnables of equally many rows each as one, row below row: experts that share nothing but their parameter."""
+
+    def __init__(self, parts: Sequence[Learnable]) -> None:
+        self.parts = parts
+
+    def fake_quantized(self) -> Tensor:
+        first = self.parts[0].fake_quantized()
+        out = first.new_empty(len(self.parts), *first.shape)
+        out[0] = first
+        for place, part in zip(out[1:], self.parts[1:], strict=True):
+            place.copy_(part.fake_quantized())
+        return out.flatten(0, 1)
+
+    def step(self, grad: Tensor, rate: float, range_rate: float) -> None:
+        for part, own in zip(self.parts, grad.chunk(len(self.parts)), strict=True):
+            part.step(own, rate, range_rate)
+
+    def snapshot(self) -> Any:
+        return [part.snapshot() for part in self.parts]
 
 
 def turned(learnt: Learnable, spec: QuantSpec) -> Learnable:
@@ -131,14 +153,37 @@ def split(tall: Units, best: Mapping[str, Any], of: Mapping[str, list[Share]]) -
     return found
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What the loss of a block is.
+
+    Args:
+        suppress: share of the largest squared errors of a batch that it leaves out.
+        both: add what the output is off from the float block's on the very same input, that of the quantized model. The
+            float block runs once more for that at every step, so that nothing is held.
+        cosine: add ``-log |mean_t cos(output_t, target_t)|`` (PTQ1.61, arXiv 2502.13179, after LRQuant).
+    """
+
+    suppress: float = 0.0
+    both: bool = False
+    cosine: bool = False
+
+    def of(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss for an output and a target ``[B, T, D]``; the last position predicts nothing and is left out."""
+        value = mean_square((output - target)[:, :-1], self.suppress)
+        if not self.cosine:
+            return value
+        near = torch.cosine_similarity(output[:, :-1], target[:, :-1], dim=-1).mean().abs()
+        return value - near.clamp_min(1e-8).log()
+
+
 def learn_block(
     block: Block,
     inputs: Batches,
     targets: Batches,
     learnables: Mapping[str, Learnable],
     schedule: Schedule,
-    suppress: float = 0.0,
-    both: bool = False,
+    objective: Objective | None = None,
 ) -> Outcome:
     """Learn all matrices of a block at once; snapshots of the best step.
 
@@ -151,19 +196,18 @@ def learn_block(
         targets: its outputs in the float model, batch by batch the same tokens.
         learnables: by matrix name; the other matrices stay float.
         schedule: how to learn.
-        suppress: share of the largest squared errors of a batch that its loss leaves out.
-        both: add what the output is off from the float block's on the very same input, that of the quantized model. The
-            float block runs once more for that at every step, so that nothing is held.
+        objective: what the loss is; None for the mean square alone.
     """
+    objective = objective or Objective()
 
     def loss(batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         x, own = inputs[batch], None
-        if both:
+        if objective.both:
             with torch.no_grad():
                 own = block.forward(x, batch)
         output = block.forward(x, batch, weights)
-        value = mean_square((output - targets[batch].to(output.device))[:, :-1], suppress)
-        return value if own is None else value + mean_square((output - own)[:, :-1], suppress)
+        value = objective.of(output, targets[batch].to(output.device))
+        return value if own is None else value + objective.of(output, own)
 
     every = range(len(inputs))
     return optimise(learnables, loss, every, spread(every, FIXED_BATCHES), schedule)

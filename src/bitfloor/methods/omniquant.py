@@ -13,7 +13,7 @@ from bitfloor.core.basis import basis_of
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need
-from bitfloor.methods.learning import learn_block, learnable, learning_of, split, units
+from bitfloor.methods.learning import Objective, learn_block, learnable, learning_of, split, units
 from bitfloor.methods.options import OmniquantConfig
 from bitfloor.solvers.block_opt import Learnable, Schedule
 from bitfloor.solvers.clipping import Clipping, Spread
@@ -33,6 +33,7 @@ class Omniquant:
     paper: ClassVar[str] = "OmniQuant, arXiv 2308.13137; SliM-LLM, arXiv 2405.14917"
     summary: ClassVar[str] = "ranges learned by gradients, block by block, codes to nearest; an hour per model"
     Config: ClassVar[type[OmniquantConfig]] = OmniquantConfig
+    tiers: ClassVar[None] = None
     # fake-quantized weight, its gradient, what that is summed from; code of the best step; and of a group its range,
     # logits, their moments and the best grid: 40 bytes, less than one a weight in groups of more than 40 columns
     learnt_bytes: ClassVar[int] = 14
@@ -73,7 +74,7 @@ class Omniquant:
             seed=self.seed,
             decay=config.decay,
         )
-        outcome = learn_block(block, inputs, targets, learnt, schedule, both=config.both)
+        outcome = learn_block(block, inputs, targets, learnt, schedule, Objective(both=config.both))
         seconds = (time.perf_counter() - began) / len(specs)
         result.learning = learning_of(outcome)
         rounded = split(tall, outcome.best, parts)

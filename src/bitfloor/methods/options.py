@@ -189,7 +189,55 @@ class OmniquantConfig:
         )
 
 
+@dataclass(frozen=True)
+class Ptq161Config:
+    """Options of ``method: {name: ptq161}``.
+
+    Args:
+        ratio: share of the input channels that are salient, rounded down to whole multiples; 0 and 1 leave one part.
+        multiple: of which their number is.
+        salient_bits: width of the salient channels.
+        score: what makes a channel salient: ``"max"`` of its inputs as published, their ``"mean"`` magnitude, or the
+            ``"gain"``, second moment times the squared error that one bit would leave; ``"random"`` for comparison.
+        range: where a row's grid of the salient part comes from: the whole ``"row"`` as published, the ``"salient"``
+            columns alone, or a ``"search"`` of the least error on those.
+        steps: updates a block; 0 keeps the start.
+        rate: step of AdamW on the rows' spread; the factors take twice that.
+        both: aim at the float block's output on either input, as published; otherwise on the float model's only.
+        cosine: add the cosine term to the loss.
+        check_every: updates between two looks at the fixed batches.
+        patience: looks without a new best after which a block ends; null = never.
+    """
+
+    ratio: float = 0.2
+    multiple: int = 16
+    salient_bits: int = 4
+    score: str = "max"
+    range: str = "row"
+    steps: int = 1000
+    rate: float = 0.0005
+    both: bool = True
+    cosine: bool = True
+    check_every: int = 50
+    patience: int | None = None
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "score": ("max", "mean", "gain", "random"),
+        "range": ("row", "salient", "search"),
+    }
+
+    def __post_init__(self) -> None:
+        SignroundConfig(steps=self.steps, rate=self.rate, check_every=self.check_every, patience=self.patience)
+        if not 0.0 <= self.ratio <= 1.0:
+            raise InputError(f"ratio = {self.ratio:g} is not a share; use 0 (all at one bit) to 1 (none).")
+        if self.multiple < 1:
+            raise InputError(f"multiple = {self.multiple} is not a number of channels; use a positive one.")
+        if self.salient_bits not in (2, 3, 4, 5, 6, 8):
+            raise InputError(f"salient_bits = {self.salient_bits} is not a width; use 2, 3, 4, 5, 6 or 8.")
+
+
 OPTIONS: dict[str, type[Any]] = {
+    "ptq161": Ptq161Config,
     "rtn": RtnConfig,
     "gptq": GptqConfig,
     "signround": SignroundConfig,

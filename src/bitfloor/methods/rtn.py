@@ -26,6 +26,7 @@ class Rtn:
     paper: ClassVar[str] = "folklore; weighted search after SignRoundV2 (arXiv 2512.04746), section on initial scales"
     summary: ClassVar[str] = "nearest code on the best grid; seconds per model"
     Config: ClassVar[type[RtnConfig]] = RtnConfig
+    tiers: ClassVar[None] = None
     learnt_bytes: ClassVar[int] = 0
 
     def __init__(self, config: RtnConfig, seed: int = 0) -> None:

@@ -36,6 +36,7 @@ class Signround:
     paper: ClassVar[str] = "SignRound, arXiv 2309.05516"
     summary: ClassVar[str] = "rounding and ranges learned by signed gradient descent, block by block; an hour per model"
     Config: ClassVar[type[SignroundConfig]] = SignroundConfig
+    tiers: ClassVar[None] = None
     # shift, fake-quantized weight, its gradient, what that is summed from; code of the best step
     learnt_bytes: ClassVar[int] = 17
 

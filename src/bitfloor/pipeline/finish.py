@@ -70,7 +70,8 @@ def write_checkpoint(
         report["allocation"] = {**plan.summary, "policy": plan.policy, "sha256": plan.sha256()}
     write_json(out / REPORT, report)
     recipe = {"name": job.recipe_name, "sha256": job.recipe_sha256}
-    quantization = build_config(layouts, tied=tied, kept=kept, recipe=recipe)
+    orders = {name: first for part in facts.values() for name, first in part.get("orders", {}).items()}
+    quantization = build_config(layouts, orders=orders, tied=tied, kept=kept, recipe=recipe)
     writer.finish(model_config(source.path, quantization.to_dict()))
     seconds = {name: found["seconds"] for part in facts.values() for name, found in part["reports"].items()}
     remember(journal.fingerprint, seconds)
@@ -107,11 +108,12 @@ def make_report(
                 **({"chosen": report["chosen"]} if "chosen" in report else {}),
             }
     layouts = {name: layout for part in facts.values() for name, layout in part["layouts"].items()}
+    orders = [name for part in facts.values() for name in part.get("orders", {})]
     return {
         "recipe_name": job.recipe_name,
         "recipe_sha256": job.recipe_sha256,
         "recipe": dict(job.recipe),
         "matrices": matrices,
         "kept": dict(assignment.kept),
-        **size_summary(source, assignment, stored_bytes(layouts)),
+        **size_summary(source, assignment, stored_bytes(layouts, orders)),
     }

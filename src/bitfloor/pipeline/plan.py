@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from bitfloor.core.errors import InputError
-from bitfloor.core.spec import QuantSpec
+from bitfloor.core.spec import MatrixRef, QuantSpec
+from bitfloor.formats.layout import Layout
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.allocate import with_plan
 from bitfloor.pipeline.budget import check_budget, promised_bits
 from bitfloor.pipeline.job import Job, assign, check_loadable
-from bitfloor.pipeline.layouts import spec_layout
+from bitfloor.pipeline.layouts import Tiers, input_twins, spec_layout
 from bitfloor.pipeline.memory import available_memory, peak_memory
 from bitfloor.pipeline.sizes import matrix_bytes, parameter_sizes, size_summary, stored_bytes
 
@@ -37,8 +39,9 @@ def make_plan(
     if job.plan is not None:
         assignment = with_plan(source, assignment, job.plan)
     check_loadable(source.skeleton, assignment)
-    layouts = {name: spec_layout(assignment.refs[name], spec) for name, spec in assignment.specs.items()}
-    stored = stored_bytes(layouts)
+    tiers = job.method.tiers
+    layouts = {name: spec_layout(assignment.refs[name], spec, tiers) for name, spec in assignment.specs.items()}
+    stored = stored_bytes(layouts, _shared(source, layouts) if tiers else ())
     # Where widths are found by the run, the most that its blocks may take; single matrices are shown as if uniform.
     promised = None if job.searches is None else int(promised_bits(job, assignment) / BYTE)
     held = parameter_sizes(source)
@@ -50,7 +53,7 @@ def make_plan(
             {
                 "name": name,
                 "shape": list(ref.shape),
-                "bits": 8 * held[ref.param][1] // held[ref.param][0] if spec is None else shown_bits(spec),
+                "bits": 8 * held[ref.param][1] // held[ref.param][0] if spec is None else shown_bits(spec, ref, tiers),
                 "group_size": None if spec is None else spec.columns_per_group(ref.shape[1]),
                 "rotation": None if spec is None else spec.rotation,
                 "bytes": sizes[name],
@@ -68,8 +71,16 @@ def make_plan(
     }
 
 
-def shown_bits(spec: QuantSpec) -> float | int:
-    """The width of a matrix, or the mean of its groups' widths."""
+def _shared(source: SourceModel, layouts: Mapping[str, Layout]) -> set[str]:
+    """Matrices whose order another one of their module will store."""
+    ordered = {name for name, layout in layouts.items() if layout["order"] is not None}
+    return {name for k in range(source.map.n_blocks) for name in input_twins(source.map.block_matrices(k), ordered)}
+
+
+def shown_bits(spec: QuantSpec, ref: MatrixRef, tiers: Tiers | None = None) -> float | int:
+    """The width of a matrix, or the mean of its groups' or channels' widths."""
+    if tiers is not None and ref.block >= 0:
+        return round(sum(columns * bits for columns, bits in tiers(ref.shape[1])) / ref.shape[1], 3)
     return round(sum(spec.widths) / len(spec.widths), 3) if spec.widths else spec.bits
 
 

@@ -18,7 +18,7 @@ from bitfloor.core.bit_plan import order_text
 from bitfloor.core.errors import BitfloorError
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.linalg import all_finite
-from bitfloor.core.packed import dequantize
+from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.core.spec import QuantSpec
 from bitfloor.formats import native
 from bitfloor.methods.allocation import Widths, allocate_block
@@ -28,6 +28,7 @@ from bitfloor.pipeline.ends import decode_table, make_ends
 from bitfloor.pipeline.events import Event, Progress, silent
 from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.journal import ENDS, Entry, Journal, part_name
+from bitfloor.pipeline.layouts import input_twins
 
 # Batches that go through the float model too, for the reported error of each block, where the method needs none there.
 CHECKED = 2
@@ -231,9 +232,10 @@ class Run:
         """Move the streams through a block that an earlier run finished."""
         entry = self.journal.get(part_name(k))
         _, runner = self._open(k)
+        orders = entry.facts.get("orders", {})
         try:
             weights = {
-                name: dequantize(native.decode(name, layout, entry.tensors.__getitem__))
+                name: dequantize(native.decode(name, layout, entry.tensors.__getitem__, orders.get(name)))
                 for name, layout in entry.facts["layouts"].items()
             }
             self._advance(runner, weights)
@@ -282,8 +284,9 @@ class Run:
         refs = self.assignment.refs
         tensors: dict[str, Tensor] = {}
         layouts: dict[str, Any] = {}
+        orders = self._shared_orders(k, result.weights)
         for name, weight in result.weights.items():
-            tensors.update(native.encode(name, weight))
+            tensors.update(native.encode(name, weight, orders.get(name)))
             layouts[name] = native.layout(weight, kind=refs[name].kind, transposed=refs[name].transposed)
         prefix = f"{self.source.map.block_path(k)}."
         kept = [name for name in self.source.map.kept if name.startswith(prefix)]
@@ -302,12 +305,21 @@ class Run:
             {name: tensor.cpu() for name, tensor in tensors.items()},
             {
                 "layouts": layouts,
+                **({"orders": orders} if orders else {}),
                 "reports": reports,
                 "learning": None if result.learning is None else asdict(result.learning),
                 "block_error": error,
                 "seconds": seconds,
             },
         )
+
+    def _shared_orders(self, k: int, weights: Mapping[str, PackedWeight]) -> dict[str, str]:
+        """Matrices that use the order that another one stores: of whole channels, where one tensor feeds both."""
+        if self.job.method.tiers is None:
+            return {}
+        found = {name: weight.order for name, weight in weights.items() if weight.order is not None}
+        twins = input_twins(self.source.map.block_matrices(k), found)
+        return {name: first for name, first in twins.items() if torch.equal(found[name], found[first])}
 
     # -- telling -------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bitfloor.core.headers import byte_count
@@ -22,10 +22,19 @@ def parameter_sizes(source: SourceModel) -> dict[str, tuple[int, int]]:
     }
 
 
-def stored_bytes(layouts: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Bytes of every matrix by name, from its layout."""
+def stored_bytes(layouts: Mapping[str, Mapping[str, Any]], orders: Iterable[str] = ()) -> dict[str, int]:
+    """Bytes of every matrix by name, from its layout.
+
+    Args:
+        layouts: by name.
+        orders: matrices whose order another one stores.
+    """
+    shared = set(orders)
     return {
-        name: sum(byte_count(dtype, shape) for _, dtype, shape in tensor_names(name, dict(layout)))
+        name: sum(
+            byte_count(dtype, shape)
+            for _, dtype, shape in tensor_names(name, dict(layout), with_order=name not in shared)
+        )
         for name, layout in layouts.items()
     }
 

@@ -116,7 +116,8 @@ class Student:
         runner = stage.runner(k, calls)
         scales, fixed = {}, {}
         for name, layout in entry.facts["layouts"].items():
-            weight = native.decode(name, layout, lambda full: entry.tensors[full].to(stage.options.device))
+            first = entry.facts.get("orders", {}).get(name)
+            weight = native.decode(name, layout, lambda full: entry.tensors[full].to(stage.options.device), first)
             if tunable(weight):
                 scales[name] = TunedScales(weight)
                 self.parameters[f"{name}.scale"] = scales[name].factor

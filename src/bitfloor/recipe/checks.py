@@ -5,6 +5,7 @@ from __future__ import annotations
 from bitfloor.core.bit_plan import BitPlan
 from bitfloor.core.errors import InputError
 from bitfloor.core.spec import BITS
+from bitfloor.methods.table import METHODS
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.recipe.schema import Recipe
 
@@ -24,6 +25,31 @@ def check_widths(recipe: Recipe, source: SourceModel, plan: BitPlan | None) -> N
             raise InputError(
                 f"allocation by sba gives some groups of {ref.name} {unknown[0]} bits beside its {spec.bits}, which "
                 "are not stored; use 2 to 5 bits, or allocation.policy=budget."
+            )
+
+
+def check_tiers(recipe: Recipe, source: SourceModel) -> None:
+    """Refuse a storage that a method with tiers of its own (PTQ1.61) would not keep to.
+
+    Raises:
+        InputError: naming a matrix.
+    """
+    name = recipe.method.name
+    if METHODS[name].tiers is None:
+        return
+    if recipe.allocation is not None:
+        raise InputError(f"{name} chooses whole channels and not groups; leave allocation out.")
+    wanted = {"bits": 1, "group_size": -1, "rotation": 0, "symmetric": False}
+    for ref in source.map.matrices:
+        spec, _ = recipe.decide(ref.name)
+        wrong = {} if spec is None else {k: getattr(spec, k) for k, own in wanted.items() if getattr(spec, k) != own}
+        if wrong:
+            raise InputError(
+                f"{name} stores whole rows at one bit beside its salient channels, and {ref.name} is to have "
+                + ", ".join(f"{key} = {str(value).lower()}" for key, value in wrong.items())
+                + "; use "
+                + " ".join(f"spec.{key}={str(wanted[key]).lower()}" for key in wrong)
+                + ", or keep the matrix."
             )
 
 

@@ -11,7 +11,7 @@ from bitfloor.methods.allocation import SbaConfig
 from bitfloor.methods.table import METHODS
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.job import Allocation, Job
-from bitfloor.recipe.checks import check_grids, check_widths
+from bitfloor.recipe.checks import check_grids, check_tiers, check_widths
 from bitfloor.recipe.method_options import build_config
 from bitfloor.recipe.schema import Recipe
 
@@ -33,6 +33,7 @@ def make_job(recipe: Recipe, source: SourceModel, device: str = "cpu") -> Job:
     method = METHODS[recipe.method.name]
     check_widths(recipe, source, plan)
     check_grids(recipe, source)
+    check_tiers(recipe, source)
     head = recipe.embedding if recipe.head.bits is None else recipe.head
     return Job(
         method=method(build_config(recipe.method, recipe.name), recipe.seed),

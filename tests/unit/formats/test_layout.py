@@ -116,6 +116,17 @@ def test_what_version_0_does_not_say_is_refused(path: str, value: Any, message: 
         parse_config(content)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{**LAYOUT, "order": {"unit": 1, "count": 116}}, {**LAYOUT, "shape": [33, 116]}, PLAIN],
+    ids=["count", "columns", "none"],
+)
+def test_an_order_is_shared_only_by_what_has_one_like_it(other: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="orders has b = 'a'"):
+        parse_config(build_config({"a": LAYOUT, "b": other}, orders={"b": "a"}).to_dict())
+    parse_config(build_config({"a": LAYOUT, "b": {**LAYOUT, "shape": [70, 115]}}, orders={"b": "a"}).to_dict())
+
+
 def test_a_missing_key_is_named() -> None:
     content = _content()
     del content["layouts"][0]["order"]

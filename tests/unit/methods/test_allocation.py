@@ -66,7 +66,7 @@ def test_where_nothing_is_salient_nothing_is_promoted_and_where_something_is_it_
 
 
 def test_every_plan_of_a_budget_loses_what_gptq_leaves_with_it() -> None:
-    """Not the sum of what its groups lose while all have one width, which is off by half here."""
+    """Not the sum of what its groups lose while all have one width, which is off by a fifth here."""
     weight, hessian = layer(8.0)
     ref, spec = MatrixRef("a", "a", (48, COLUMNS), 0, "linear"), QuantSpec(2, GROUP)
     how = GptqConfig(importance=TUNED.importance, damping=TUNED.damping, static_groups=False)
@@ -78,7 +78,7 @@ def test_every_plan_of_a_budget_loses_what_gptq_leaves_with_it() -> None:
     for plan, loss in zip(item.options, item.losses.tolist(), strict=True):
         assert loss == pytest.approx(0.5 * energy * left(weight, hessian, plan), rel=0.01), plan
         sums.append(float(table[torch.arange(len(plan)), torch.tensor(plan) - 1].sum()) / loss)
-    assert max(sums) > 1.3
+    assert max(sums) > 1.15
 
 
 def test_the_published_range_has_no_candidate_without_a_promotion() -> None:

@@ -15,7 +15,7 @@ from bitfloor.core.packed import dequantize
 from bitfloor.core.rotation import rotate
 from bitfloor.core.spec import QuantSpec
 from bitfloor.methods.base import Batches, BlockResult, Need
-from bitfloor.methods.learning import learn_block
+from bitfloor.methods.learning import Objective, learn_block
 from bitfloor.methods.omniquant import Omniquant, clipped
 from bitfloor.methods.options import OmniquantConfig
 from bitfloor.solvers.block_opt import Schedule
@@ -158,7 +158,7 @@ def test_one_target_is_what_other_methods_learn_from() -> None:
 
     def before(both: bool, targets: list[Tensor]) -> float:
         learnt = {name: clipped(block.weight(name), spec) for name in NAMES}
-        return learn_block(block, drifted, targets, learnt, Schedule(steps=0), both=both).before
+        return learn_block(block, drifted, targets, learnt, Schedule(steps=0), Objective(both=both)).before
 
     far, near = outputs(block, inputs), outputs(block, drifted)
     assert before(True, far) == pytest.approx(before(False, far) + before(False, near), rel=1e-5)

@@ -77,6 +77,9 @@ def test_learning_needs_its_parameters_and_what_the_way_back_keeps(source: Sourc
     clipped = {"method": {"name": "omniquant"}}
     kept = peak(source, text, **clipped, layers=[{"match": "*.down_proj", "keep": True}])
     assert peak(source, text, **clipped) - kept == 14 * 48 * 80
+    tiers: dict[str, Any] = {"method": {"name": "ptq161"}, "spec": {"bits": 1, "group_size": -1}}
+    kept = peak(source, text, **tiers, layers=[{"match": "*.down_proj", "keep": True}])
+    assert peak(source, text, **tiers) - kept == 14 * 48 * 80
     # Targets go where the streams go.
     spilled = [peak(source, (sequences, 64, 4), spill=True, **learned) for sequences in (64, 164)]
     assert spilled[1] == spilled[0]

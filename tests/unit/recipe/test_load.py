@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from bitfloor.core.errors import InputError
+from bitfloor.methods.options import Ptq161Config
 from bitfloor.recipe.catalog import PRESETS, parse_yaml, preset_names, preset_text, presets
 from bitfloor.recipe.load import apply_override, dump_recipe, load_recipe
 
@@ -41,10 +42,10 @@ def test_the_promised_presets_exist() -> None:
     promised = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(KINDS, (2, 3, 4))}
     kinds = ("slim-llm", "slim-llm-plus", "slim-tuned", "bitfloor-mixed")
     mixed = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(kinds, (2, 3))}
-    assert promised | mixed | {"gptq-w4g128"} == set(preset_names())
+    assert promised | mixed | {"gptq-w4g128", "ptq161"} == set(preset_names())
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", [name for name in preset_names() if name != "ptq161"])
 def test_a_preset_does_what_its_name_says(name: str) -> None:
     recipe = load_recipe(name)
     kind, _, storage = name.rpartition("-")
@@ -79,6 +80,23 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
         assert recipe.method.options["range"] == (variant or "search")
     assert recipe.name == name and recipe.embedding.bits == 8
     assert recipe.description and "\n" not in recipe.description
+
+
+def test_the_preset_without_a_width_in_its_name_is_the_published_recipe() -> None:
+    recipe = load_recipe("ptq161")
+    assert (recipe.method.name, recipe.spec.bits, recipe.spec.group_size, recipe.embedding.bits) == ("ptq161", 1, -1, 8)
+    assert not recipe.spec.symmetric and recipe.spec.rotation == 0 and recipe.allocation is None and recipe.tune is None
+    wanted = {
+        "ratio": 0.2,
+        "salient_bits": 4,
+        "score": "max",
+        "range": "row",
+        "rate": 5e-4,
+        "both": True,
+        "cosine": True,
+    }
+    assert {key: getattr(Ptq161Config(**recipe.method.options), key) for key in wanted} == wanted
+    assert recipe.method.options["steps"] == 5 * recipe.calibration.sequences == 640
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -160,7 +178,7 @@ def test_a_mapping_is_not_changed_by_its_overrides() -> None:
         ("spec.bitz=3", "did you mean spec.bits?"),
         ("spec.bits=", "spec.bits = null"),
         ("layers.0.bits=3", "layers = "),
-        ("method.name=gptqq", "did you mean gptq? known methods: bitfloor, gptq, omniquant, rtn, signround"),
+        ("method.name=gptqq", "did you mean gptq? known methods: bitfloor, gptq, omniquant, ptq161, rtn, signround"),
         ("method.dampin=1", "did you mean method.damping?"),
         ("method.damping=much", 'method.damping = "much" is not allowed; use a number'),
         ("method.act_order=1", "method.act_order = 1 is not allowed; use true or false"),

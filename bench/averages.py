@@ -38,9 +38,12 @@ def main() -> None:
     args = arguments()
     text = str(record.data_file(args.data, yardstick.CALIBRATION))
     head = record.header(record.parts_of(RECIPE, ["allocation.policy=budget"]))
-    rows = []
+    old = record.read_result(args.out) if args.out.is_file() and record.stale(args.out) is None else {"rows": []}
+    rows = list(old["rows"])
     for sort in (False, True):
         for average in AVERAGES:
+            if any((row["average"], row["sort"]) == (average, sort) for row in rows):
+                continue
             recipe = [
                 "allocation.policy=budget",
                 f"allocation.average={average}",
@@ -64,7 +67,8 @@ def main() -> None:
             yardstick.say(json.dumps(row))
             rows.append(row)
             shutil.rmtree(out)
-    record.write_result(args.out, {**head, "model": args.model.resolve().name, "rows": rows})
+            # After every row: a run that was stopped goes on where it was.
+            record.write_result(args.out, {**head, "model": args.model.resolve().name, "rows": rows})
 
 
 if __name__ == "__main__":

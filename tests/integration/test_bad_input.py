@@ -179,7 +179,7 @@ def test_a_hub_id_without_a_network(small: Recipe, tmp_path: Path, monkeypatch: 
         ("gptq-w3g64", ("bits=7",), "spec.bits = 7 is not allowed; use one of 1, 2, 3, 4, 5, 6, 8"),
         ("gptq-w3g64", ("bits=0",), "spec.bits = 0"),
         ("gptq-w3g64", ("group_size=0",), "spec.group_size = 0 is not allowed"),
-        ("gptq-w3g64", ("embedding.bits=3",), "embedding.bits = 3"),
+        ("gptq-w3g64", ("embedding.bits=7",), "embedding.bits = 7"),
         ("gptq-w3g64", ("method.damp=1",), "did you mean method.damping"),
         ("gptq-w3g64", ("layers=[{match: '*.q_prj', bits: 4}]",), "matches none of the model's 21 matrices"),
         ("gptq-w3g64", ("bits",), "not of the form"),

@@ -98,7 +98,7 @@ def test_inspect_prints_the_documented_document(quantized: Folder, capsys: pytes
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "tuning", "layers"}
     assert set(found["bytes"]) == {"total", "linears", "embeddings", "other"}
-    keys = {"name", "shape", "segments", "rotation", "bytes", "bits_per_weight", "block_error", "learning"}
+    keys = {"name", "shape", "segments", "rotation", "sorted", "bytes", "bits_per_weight", "block_error", "learning"}
     assert all(set(layer) == keys and layer["block_error"] > 0 for layer in found["layers"])
     layer = {layer["name"]: layer for layer in found["layers"]}["model.layers.1.mlp.down_proj"]
     assert layer["shape"] == [64, 176] and layer["segments"] == [{"bits": 3, "columns": 176, "group_size": 32}]

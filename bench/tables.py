@@ -365,7 +365,6 @@ DOCUMENTS = (
     METHODS / "bitfloor.md",
     METHODS / "signround.md",
     METHODS / "slim-llm.md",
-    METHODS / "omniquant.md",
     METHODS.parent / "allocation.md",
 )
 

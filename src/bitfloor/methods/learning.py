@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfloor.core.affine import Grid
+from bitfloor.core.affine import Grid, pack
 from bitfloor.core.basis import Basis, basis_of
+from bitfloor.core.heap import trim_heap
 from bitfloor.core.spec import QuantSpec
-from bitfloor.methods.base import Batches, Block, Learning
+from bitfloor.methods.base import Batches, Block, BlockResult, Learning, MatrixReport
 from bitfloor.solvers.block_opt import Learnable, Outcome, Schedule, optimise
 from bitfloor.solvers.columns import Columns, Share, joined, shares
 
@@ -211,6 +213,44 @@ def learn_block(
 
     every = range(len(inputs))
     return optimise(learnables, loss, every, spread(every, FIXED_BATCHES), schedule)
+
+
+def learn_matrices(
+    block: Block,
+    inputs: Batches,
+    targets: Batches,
+    specs: Mapping[str, QuantSpec],
+    make: Callable[[Tensor, QuantSpec, int], Learnable],
+    schedule: Schedule,
+    objective: Objective | None = None,
+) -> BlockResult:
+    """Learn all matrices of a block from what the weights alone say, and pack them.
+
+    Args:
+        block, inputs, targets, schedule, objective: as for :func:`learn_block`.
+        specs: matrix name to storage.
+        make: what learns the groups of one width, see :func:`learnable`.
+    """
+    result = BlockResult()
+    if not specs:
+        return result
+    began = time.perf_counter()
+    tall = units(block, specs)
+    learnt, parts = {}, {}
+    for unit, names in tall.items():
+        spec = specs[names[0]]
+        learnt[unit], parts[unit] = learnable(basis_of(spec).to(block.weight(unit)), spec, make)
+    outcome = learn_block(block, inputs, targets, learnt, schedule, objective)
+    seconds = (time.perf_counter() - began) / len(specs)
+    result.learning = learning_of(outcome)
+    rounded = split(tall, outcome.best, parts)
+    for index, name in enumerate(specs):
+        codes, grid = rounded[name]
+        result.weights[name] = pack(codes, grid, basis_of(specs[name]))
+        # What went wrong concerns the whole block; it is said once.
+        result.reports[name] = MatrixReport(None, seconds, outcome.note if index == 0 else None)
+    trim_heap()
+    return result
 
 
 def mean_square(difference: Tensor, suppress: float = 0.0) -> Tensor:

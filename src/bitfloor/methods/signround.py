@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
 
-from bitfloor.core.affine import encode, pack
-from bitfloor.core.basis import basis_of
-from bitfloor.core.heap import trim_heap
+from bitfloor.core.affine import encode
 from bitfloor.core.spec import QuantSpec
-from bitfloor.methods.base import Batches, Block, BlockResult, MatrixReport, Need
-from bitfloor.methods.learning import learn_block, learnable, learning_of, split, units
+from bitfloor.methods.base import Batches, Block, BlockResult, Need
+from bitfloor.methods.learning import learn_matrices
 from bitfloor.methods.options import SignroundConfig
 from bitfloor.solvers.block_opt import Learnable, Schedule
 from bitfloor.solvers.ranges import minmax_grid
@@ -57,16 +54,7 @@ class Signround:
         targets: Batches = (),
     ) -> BlockResult:
         """See :class:`bitfloor.methods.base.Method`."""
-        result = BlockResult()
-        if not specs:
-            return result
-        began = time.perf_counter()
         config = self.config
-        tall = units(block, specs)
-        learnt, parts = {}, {}
-        for unit, names in tall.items():
-            spec = specs[names[0]]
-            learnt[unit], parts[unit] = learnable(basis_of(spec).to(block.weight(unit)), spec, self._learnable)
         schedule = Schedule(
             steps=config.steps,
             rate=config.rate,
@@ -76,17 +64,7 @@ class Signround:
             patience=config.patience,
             seed=self.seed,
         )
-        outcome = learn_block(block, inputs, targets, learnt, schedule)
-        seconds = (time.perf_counter() - began) / len(specs)
-        result.learning = learning_of(outcome)
-        rounded = split(tall, outcome.best, parts)
-        for index, name in enumerate(specs):
-            codes, grid = rounded[name]
-            result.weights[name] = pack(codes, grid, basis_of(specs[name]))
-            # What went wrong concerns the whole block; it is said once.
-            result.reports[name] = MatrixReport(None, seconds, outcome.note if index == 0 else None)
-        trim_heap()
-        return result
+        return learn_matrices(block, inputs, targets, specs, self._learnable, schedule)
 
     def _learnable(self, weight: Tensor, spec: QuantSpec, _: int) -> Learnable:
         """Groups of one width: as published, or with levels of their own where one bit leaves no range to clip."""

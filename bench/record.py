@@ -58,6 +58,15 @@ ALLOCATING = (
     "pipeline/survey_ends.py",
 )
 ALLOCATORS = ("solvers/budget.py", "solvers/salience.py", "solvers/slim_bits.py")
+# Rounding a head towards its logits, where a recipe does.
+HEAD = (
+    "pipeline/head.py",
+    "pipeline/student.py",
+    "methods/gptq.py",
+    "solvers/gptq.py",
+    "solvers/descent.py",
+    "solvers/ranges.py",
+)
 # Memory and resuming depend on how tensors are read, held and written too.
 RUNNING = ("pipeline", "formats", "modeling")
 
@@ -162,6 +171,7 @@ def parts_of(preset: str, overrides: Iterable[str] = ()) -> tuple[str, ...]:
     recipe = load_recipe(preset, list(overrides))
     parts = quality(recipe.method.name)
     more = (() if recipe.tune is None else TUNING) + (() if recipe.allocation is None else (*ALLOCATING, *ALLOCATORS))
+    more += HEAD if recipe.head.rounding == "gptq" else ()
     return tuple(dict.fromkeys((*parts, *more)))
 
 

@@ -72,7 +72,8 @@ def plan_by_budget(
 
     looking = SurveyOptions(job.products, options.device, int(job.recipe.get("seed", 0)), folder, how.sort)
     rotations = {name: spec.rotation for name, spec in specs.items()}
-    ends = Ends(source, assignment, how.tables, looking) if how.tables else None
+    by_logits = job.head_by_logits
+    ends = Ends(source, assignment, how.tables, looking, by_logits=by_logits) if how.tables else None
     survey(source, few(batches, how.sequences), rotations, visit, looking, ends)
     tables = {} if ends is None else ends.items()
     return choose(source.fingerprint, how, {**{name: items[name] for name in specs}, **tables})

@@ -66,6 +66,7 @@ class Job:
         products: type in which the blocks' matrices are multiplied while the calibration text goes through them.
         allocation: how the widths of groups are found, None where every group has its matrix's width.
         plan: widths that are known already; then nothing is searched.
+        head_by_logits: round the head towards its logits on the calibration text, not to nearest.
     """
 
     method: Method
@@ -78,6 +79,7 @@ class Job:
     products: torch.dtype = torch.float32
     allocation: Allocation | None = None
     plan: BitPlan | None = None
+    head_by_logits: bool = False
 
     @property
     def searches(self) -> str | None:
@@ -130,7 +132,7 @@ def assign(model: ModelShape, job: Job) -> Assignment:
 
     Raises:
         InputError: a tied head that is to be stored differently from its embedding, or experts of one stack of which
-            only some are kept, or a head to tune that is tied or not quantized.
+            only some are kept, or a head to tune that is tied or not quantized, or one to round that is not quantized.
     """
     specs: dict[str, QuantSpec] = {}
     kept: dict[str, str] = {}
@@ -148,6 +150,7 @@ def assign(model: ModelShape, job: Job) -> Assignment:
             "head to its embedding: they are one matrix. Leave head.bits out, or set both alike."
         )
     _check_tuned_head(model, job)
+    _check_head_rounding(model, job)
     ends: Iterable[tuple[MatrixRef | None, QuantSpec | None, str]] = (
         (model.embedding, job.embedding, "embedding.bits is 16"),
         (None if model.tied else model.head, job.head, "head.bits is 16"),
@@ -189,6 +192,17 @@ def _check_tuned_head(model: ModelShape, job: Job) -> None:
     if job.head is None:
         raise InputError(
             "tune.head needs a quantized head, and head.bits leaves it at 16; use 8 or less, or leave it out."
+        )
+
+
+def _check_head_rounding(model: ModelShape, job: Job) -> None:
+    if not job.head_by_logits:
+        return
+    if model.head is None and not model.tied:
+        raise InputError("head.rounding = gptq needs a head, and this model has none; leave it out.")
+    if job.head is None:
+        raise InputError(
+            "head.rounding = gptq needs a quantized head, and its bits are 16; use 8 or less, or leave it out."
         )
 
 

@@ -9,6 +9,7 @@ from bitfloor.core.spec import MatrixRef, QuantSpec
 from bitfloor.methods.base import Need
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.ends import ROWS
+from bitfloor.pipeline.head import TOKENS_A_CHANNEL
 from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.run import CHECKED
 from bitfloor.pipeline.sizes import parameter_sizes
@@ -98,7 +99,14 @@ def peak_memory(
             weights + _survey_memory(source, assignment, data[1]),
             FLOAT * (outside + skipped) + _survey_head_memory(source, job, data[1]),
         )
-    peaks = (streams + block, streams + capture, streams_tuned + tuning, surveying, _table_memory(source, assignment))
+    tables = _table_memory(source, job, assignment)
+    looking = 0
+    if data is not None and job.head_by_logits:
+        # Its tokens' hidden states, and in turn what is outside, a block, and a batch's way through either.
+        reads = min(sequences * seqlen, TOKENS_A_CHANNEL * hidden + batch * seqlen)
+        states = FLOAT * hidden * (batch * seqlen if spill else reads)
+        looking = states + FLOAT * (outside + skipped) + weights + moving
+    peaks = (streams + block, streams + capture, streams_tuned + tuning, surveying, looking, tables)
     return resident_memory() + OVERHEAD + max(peaks)
 
 
@@ -213,15 +221,17 @@ def _quantized_weights(assignment: Assignment) -> dict[int, int]:
     return counts
 
 
-def _table_memory(source: SourceModel, assignment: Assignment) -> int:
+def _table_memory(source: SourceModel, job: Job, assignment: Assignment) -> int:
     """Embedding and head, one after the other: the table as stored, and panels of it while they are quantized."""
+    hidden = int(source.config.get_text_config().hidden_size)
+    solving = (FLOAT + 3 * DOUBLE) * hidden**2 if job.head_by_logits else 0  # the Hessian, and its factor in the making
     held = parameter_sizes(source)
     worst = 0
     for name, ref in assignment.refs.items():
         if ref.block < 0:
             panel = FLOAT * min(ROWS, ref.shape[0]) * ref.shape[1] if name in assignment.specs else 0
             worst = max(worst, 2 * held[ref.param][1] + PANEL_COPIES * panel)
-    return worst
+    return worst + solving
 
 
 def _solver_memory(source: SourceModel, job: Job, assignment: Assignment) -> int:

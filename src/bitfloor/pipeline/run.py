@@ -24,8 +24,9 @@ from bitfloor.formats import native
 from bitfloor.methods.allocation import Widths, allocate_block
 from bitfloor.methods.base import Batches, BlockResult, Need
 from bitfloor.modeling.loader import SourceModel
-from bitfloor.pipeline.ends import decode_table, make_ends
+from bitfloor.pipeline.ends import Rounding, decode_table, make_ends
 from bitfloor.pipeline.events import Event, Progress, silent
+from bitfloor.pipeline.head import head_rounding, shown_to_head
 from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.journal import ENDS, Entry, Journal, part_name
 from bitfloor.pipeline.layouts import input_twins
@@ -96,7 +97,7 @@ class Run:
         self._tell("start", message=f"{done} of {blocks} blocks are done" if done else "")
         if self.journal.facts(ENDS) is None:
             self._tell("stage", message="embedding and head")
-            self.journal.put(ENDS, make_ends(self.source, self.assignment, self.options.device))
+            self.journal.put(ENDS, make_ends(self.source, self.assignment, self.options.device, self._head_rounding()))
         if not missing:
             return
         try:
@@ -106,6 +107,15 @@ class Run:
         finally:
             for stream in self._streams:
                 stream.close()
+
+    def _head_rounding(self) -> Rounding | None:
+        """How the head is rounded, where that depends on what reaches it; None for nearest."""
+        if not self.job.head_by_logits:
+            return None
+        self._tell("stage", message="what reaches the head in the float model")
+        spill, device = self.options.spill, self.options.device
+        shown = shown_to_head(self.source, self.batches, self.job.products, device, spill)
+        return head_rounding(shown, tied=self.assignment.tied)
 
     def _through(self, missing: Sequence[int]) -> None:
         """Make the missing blocks; lead the streams through those before them that are there."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +21,10 @@ from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.formats import native
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.journal import ENDS, Journal, part_name
-from bitfloor.pipeline.run import RunOptions
 from bitfloor.solvers.scales import TunedScales, tunable
+
+if TYPE_CHECKING:
+    from bitfloor.pipeline.run import RunOptions  # which rounds the head by what is here
 
 Update = Callable[[str, Tensor, Tensor], None]  # name, parameter, gradient
 
@@ -270,6 +272,27 @@ class Head:
             found = functional_call(self.model, dict(overrides), (), {"input_ids": ids, "use_cache": False})
         logits: Tensor = found.logits.float()
         return logits
+
+    def inputs(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """What reaches the head ``[B, T, D]`` for last hidden states ``[B, T, D]``; the head itself is not run."""
+        seen: list[Tensor] = []
+
+        def note(_: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+            seen.append(given[0])
+            raise _Reached
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(note)
+        try:
+            self.logits(ids, hidden, {})
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+class _Reached(Exception):
+    """A forward has come as far as is of interest."""
 
 
 def gives_tuple(source: SourceModel, batch: Tensor, device: str) -> bool:

@@ -3,7 +3,7 @@
 | symbol | meaning |
 | --- | --- |
 | ``h_t`` | what leaves the last block at token ``t`` |
-| ``W, W_b [V, D]`` | the table, and what round-to-nearest at ``b`` bits leaves of it |
+| ``W, W_b [V, D]`` | the table, and what is stored of it at ``b`` bits |
 | ``D_t`` | how far what enters the first block moves if the embedding is ``W_b`` |
 | ``g_t`` | gradient of the sequence's loss with respect to that |
 
@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from bitfloor.calib.capture import capture
-from bitfloor.core.affine import decode, encode
+from bitfloor.core.affine import decode
 from bitfloor.core.spec import QuantSpec
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.choice import Item, budget_bits
-from bitfloor.pipeline.ends import ROWS
+from bitfloor.pipeline.ends import ROWS, Rounding, is_head, to_nearest
+from bitfloor.pipeline.head import enough, head_rounding, shown_states
 from bitfloor.pipeline.job import Assignment
 from bitfloor.pipeline.student import Head, gives_tuple, poured
 from bitfloor.pipeline.survey import SurveyOptions
-from bitfloor.solvers.ranges import search_grid
 
 TOKENS = 4096  # on which a head is judged
 
@@ -43,12 +43,21 @@ class Ends:
         assignment: the storage of every matrix.
         widths: to choose from, rising.
         options: of the survey.
+        by_logits: the head is rounded towards its logits, not to nearest.
     """
 
     def __init__(
-        self, source: SourceModel, assignment: Assignment, widths: Sequence[int], options: SurveyOptions
+        self,
+        source: SourceModel,
+        assignment: Assignment,
+        widths: Sequence[int],
+        options: SurveyOptions,
+        *,
+        by_logits: bool = False,
     ) -> None:
         self.source, self.widths, self.options = source, tuple(widths), options
+        self.assignment, self.by_logits = assignment, by_logits
+        self.rounding: Rounding = to_nearest  # of the head, once it is known what reaches it
         self.refs = {name: ref for name, ref in assignment.refs.items() if ref.block < 0}
         self.specs = {name: assignment.specs[name] for name in self.refs if name in assignment.specs}
         self.tied = assignment.tied
@@ -72,18 +81,24 @@ class Ends:
         if name is None:
             return
         head_param = self.refs[name].param
+        device = self.options.device
+        if self.by_logits:
+            few = enough(self.source, rows)
+            states = (state.to(device) for _, state in zip(few, hidden, strict=False))
+            shown = shown_states(self.source, few, states, self.options.products, device)
+            self.rounding = head_rounding(shown, tied=self.tied)
         kept: list[tuple[Tensor, Tensor]] = []
         for ids, state in zip(rows, hidden, strict=True):
             if sum(own.numel() for own, _ in kept) >= TOKENS:
                 break
-            kept.append((ids, state.to(self.options.device)))
+            kept.append((ids, state.to(device)))
         tokens = sum(ids.numel() for ids, _ in kept)
-        head = Head(self.source, self.options.products, as_tuple=gives_tuple(self.source, rows[0], self.options.device))
+        head = Head(self.source, self.options.products, as_tuple=gives_tuple(self.source, rows[0], device))
         table = self.source.skeleton.get_parameter(head_param).detach()
         for at, bits in enumerate(self.widths):
             rough = torch.empty_like(table)
             for start in range(0, len(table), ROWS):
-                rough[start : start + ROWS] = rounded(table[start : start + ROWS], self.specs[name], bits)
+                rough[start : start + ROWS] = self._rounded(table[start : start + ROWS], name, bits)
             for ids, state in kept:
                 exact = head.logits(ids, state, {}).log_softmax(-1)
                 found = head.logits(ids, state, {head_param: rough}).log_softmax(-1)
@@ -106,7 +121,7 @@ class Ends:
                 # Only the rows that occur matter, and only they are rounded.
                 rough = table.clone()
                 for part in torch.split(used, ROWS):
-                    rough[part] = rounded(table[part], self.specs[name], bits)
+                    rough[part] = self._rounded(table[part], name, bits)
                 for ids, gradient in zip(rows, flow, strict=True):
                     exact = capture(source.skeleton, path, [ids]).hidden[0]
                     with poured(source, {param: rough}):
@@ -122,10 +137,12 @@ class Ends:
         """The quantized table of a kind."""
         return next((name for name in self.specs if self.refs[name].kind == kind), None)
 
+    def _rounded(self, rows: Tensor, name: str, bits: int) -> Tensor:
+        head = is_head(self.refs[name], self.assignment)
+        return rounded(rows, self.specs[name], bits, self.rounding if head else to_nearest)
 
-def rounded(table: Tensor, spec: QuantSpec, bits: int) -> Tensor:
-    """Rows of a table, rounded to nearest as they would be stored: float32."""
-    own = replace(spec, bits=bits, widths=())
-    rows = table.float()
-    grid = search_grid(rows, torch.ones(rows.shape[1], device=rows.device), own)
-    return decode(encode(rows, grid), grid)
+
+def rounded(table: Tensor, spec: QuantSpec, bits: int, rounding: Rounding = to_nearest) -> Tensor:
+    """Rows of a table as they would be stored: float32."""
+    codes, grid, _ = rounding(table.float(), replace(spec, bits=bits, widths=()))
+    return decode(codes, grid)

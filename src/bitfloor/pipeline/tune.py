@@ -44,8 +44,9 @@ WARM_UP = 8  # steps, or a quarter of all
 
 
 def reads_text(job: Job) -> bool:
-    """Whether a job needs the calibration text: for its method, or to tune."""
-    return Need.INPUTS in job.needs or job.searches is not None or bool(job.recipe.get("tune"))
+    """Whether a job needs the calibration text: for its method, to find widths, to round the head, or to tune."""
+    reads = Need.INPUTS in job.needs or job.searches is not None or job.head_by_logits
+    return reads or bool(job.recipe.get("tune"))
 
 
 @dataclass(frozen=True)

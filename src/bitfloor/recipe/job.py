@@ -46,6 +46,7 @@ def make_job(recipe: Recipe, source: SourceModel, device: str = "cpu") -> Job:
         products=product_type(settled.calibration.precision, device),
         allocation=_allocation(recipe),
         plan=plan,
+        head_by_logits=recipe.head.rounding == "gptq",
     )
 
 

@@ -141,12 +141,16 @@ class EmbeddingPart(_Part):
 
 
 class HeadPart(_Part):
-    """Storage of the output head; ``bits: null`` means like the embedding, the only choice when the two are tied."""
+    """Storage of the output head; ``bits: null`` means like the embedding, the only choice when the two are tied.
+
+    ``rounding`` is the head's own matter; a tied embedding is rounded with it.
+    """
 
     bits: PlainWidth | None = Field(
         default=None, description=f"null (like the embedding), 16 (left as it is), {TABLES}"
     )
     group_size: GroupSize = Field(default=64, description=GROUPS)
+    rounding: Literal["nearest", "gptq"] = Field(default="nearest", description="nearest or gptq")
 
 
 class CalibrationPart(_Part):
@@ -234,7 +238,7 @@ class Recipe(_Part):
     embedding: EmbeddingPart = Field(
         default=EmbeddingPart(), description="storage of the embedding, {bits, group_size}"
     )
-    head: HeadPart = Field(default=HeadPart(), description="storage of the head, {bits, group_size}")
+    head: HeadPart = Field(default=HeadPart(), description="storage of the head, {bits, group_size, rounding}")
     calibration: CalibrationPart = Field(default=CalibrationPart(), description="the calibration text and its amount")
 
     allocation: AllocationPart | None = Field(
@@ -280,6 +284,8 @@ class Recipe(_Part):
         absent = {key for key in ("tune", "allocation") if getattr(self, key) is None}
         found = self.model_dump(mode="json", exclude={"name", "description", *absent})
         # What came later is left out where it is not used, so that older recipes keep their hash.
+        if self.head.rounding == "nearest":
+            del found["head"]["rounding"]
         if not self.spec.rotation:
             del found["spec"]["rotation"]
         for rule in found["layers"]:

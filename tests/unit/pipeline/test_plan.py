@@ -169,3 +169,11 @@ def test_looking_for_widths_is_counted(source: SourceModel, tmp_path: Path) -> N
     deep = open_source(save_pico(tmp_path, num_hidden_layers=9))
     for policy in ("sba", "budget"):
         assert peak(deep, text, allocation={"policy": policy}) == peak(source, text, allocation={"policy": policy})
+
+
+def test_a_pass_for_the_head_is_counted(source: SourceModel) -> None:
+    """It holds a block beside what is outside of all; what it reads of the text has an end."""
+    plain = {"method": {"name": "rtn", "range": "minmax"}, "embedding": {"bits": 4}}
+    by_logits = {**plain, "head": {"rounding": "gptq"}}
+    assert peak(source, (1, 32, 1), **by_logits) > peak(source, (1, 32, 1), **plain)
+    assert peak(source, (40, 512, 1), spill=True, **by_logits) == peak(source, (400, 512, 1), spill=True, **by_logits)

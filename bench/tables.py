@@ -18,6 +18,7 @@ from typing import Any
 
 import record
 from cells import NAMES, Results, difference_cell, markdown, needed, perplexity_cell
+from lowest import multiples, shapes
 from mixed import averages, clipping, gains, second, slim
 
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
@@ -238,6 +239,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "averages": averages,
     "seeds": seeds,
     "block": block,
+    "shapes": shapes,
+    "multiples": multiples,
 }
 # Documents with marked tables.
 METHODS = record.ROOT / "docs" / "methods"
@@ -246,6 +249,7 @@ DOCUMENTS = (
     METHODS / "bitfloor.md",
     METHODS / "signround.md",
     METHODS / "slim-llm.md",
+    METHODS / "ptq161.md",
     METHODS.parent / "allocation.md",
 )
 

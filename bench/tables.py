@@ -18,7 +18,7 @@ from typing import Any
 
 import record
 from cells import NAMES, Results, difference_cell, markdown, needed, perplexity_cell
-from lowest import multiples, shapes
+from lowest import iq1, multiples, parts, shapes
 from mixed import averages, clipping, gains, second, slim
 
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
@@ -241,6 +241,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "block": block,
     "shapes": shapes,
     "multiples": multiples,
+    "iq1": iq1,
+    "parts": parts,
 }
 # Documents with marked tables.
 METHODS = record.ROOT / "docs" / "methods"

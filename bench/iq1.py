@@ -266,7 +266,9 @@ def main() -> None:
     """Measure and write."""
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
-    head = record.header(record.quality(PRESET))
+    # The variants change what this recipe says; what none of them names is its own.
+    recipe = {"preset": PRESET, "overrides": [], "calibration": None, "sha256": record.recipe_sha256(PRESET)}
+    head = {**record.header(record.quality(PRESET)), "recipe": recipe}
     matrices = lead(args)
     versions = add_peer(matrices, args)
     for folder in args.checkpoint:

@@ -12,42 +12,17 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import record
+from cells import NAMES, Results, difference_cell, markdown, needed, perplexity_cell
+from lowest import iq1, multiples, parts, shapes
+from mixed import averages, clipping, gains, second, slim
 
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
-NAMES = {"wiki": "WikiText-2", "c4": "C4"}
 FLOAT_EMBEDDING = 16
-
-Results = dict[str, dict[str, Any]]
-
-
-# -- cells ------------------------------------------------------------------------------------------------------------
-
-
-def perplexity_cell(value: float) -> str:
-    """Four significant digits or so; numbers of a broken model need fewer."""
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
-
-
-def difference_cell(found: Mapping[str, Any] | None) -> str:
-    """``+0.123 [+0.110, +0.136]`` nats a token, or a dash."""
-    if found is None:
-        return "-"
-    text = f"{found['delta_nll']:+.3f}"
-    if found["ci95"] is None:
-        return text
-    low, high = found["ci95"]
-    return f"{text} [{low:+.3f}, {high:+.3f}]"
-
-
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -97,7 +72,7 @@ def _yardstick(results: Results, wanted: Callable[[int], bool]) -> str:
 def peers(results: Results) -> str:
     """Results here against every setting of the peer."""
     rows = []
-    for row in _comparison(results)["peers"]:
+    for row in needed(results, "comparison")["peers"]:
         rows.append(
             [
                 f"{row['ours']}, {NAMES[row['text']]}",
@@ -143,7 +118,7 @@ def ranges(results: Results) -> str:
             f"{row['percent_below']:.1f}%",
             difference_cell(row),
         ]
-        for row in _comparison(results)["range_search"]
+        for row in needed(results, "comparison")["range_search"]
     ]
     return markdown(["", "min-max", "searched", "lower by", "Δ nats/token [95%]"], rows)
 
@@ -158,14 +133,14 @@ def memory(results: Results) -> str:
             f"{model['planned_bytes'] / 1e9:.2f} GB",
             f"{model['planned_bytes'] / model['peak_rss_bytes'] - 1:+.1%}",
         ]
-        for model in _needed(results, "memory")["models"]
+        for model in needed(results, "memory")["models"]
     ]
     return markdown(["", "checkpoint", "peak memory of quantizing it", "`plan` said", "error"], rows)
 
 
 def determinism(results: Results) -> str:
     """Kills and what came of them."""
-    found = _needed(results, "determinism")
+    found = needed(results, "determinism")
     kills = found["kill_trials"]
     stages = ", ".join(f"{count} {stage}" for stage, count in sorted(kills["landed"]["by_stage"].items()))
     rows = [
@@ -182,20 +157,6 @@ def determinism(results: Results) -> str:
 def ablation(results: Results) -> str:
     """Variants on one block: what quantizing it costs, and the divergence of the whole model on unseen text."""
     return _variants({key: value for key, value in results.items() if key.startswith("ablation/block")})
-
-
-def clipping(results: Results) -> str:
-    """Learned clipping on one block, and its published schedule."""
-    rows = []
-    for family in ("clipping", "published"):
-        for key, content in results.items():
-            if key.startswith(f"ablation/{family}-"):
-                for row in content["variants"]:
-                    errors = [f"{row[f'error_{text}']:.4f}" for text in ("calibration", "c4", "wiki")]
-                    divergences = [f"{row['kl_c4']:.4f}", f"{row['kl_wiki']:.4f}"]
-                    rows.append([row["name"], f"{row['cpu_seconds']:.0f}", *errors, *divergences])
-    headings = ["", "CPU-seconds", "error, calibration", "C4", "WikiText-2", "KL, C4", "KL, WikiText-2"]
-    return markdown(headings, rows)
 
 
 def seeds(results: Results) -> str:
@@ -240,85 +201,6 @@ def block(results: Results) -> str:
     return markdown(headings, rows)
 
 
-# Rows of the table of mixed precision, with the results they are made from, for width {b}.
-MIXED = (
-    ("RTN, min-max", "rtn-minmax-w{b}g64"),
-    ("GPTQ, min-max", "slim-llm-w{b}g64+method.range-minmax+allocation-null"),
-    ("GPTQ + SBA", "slim-llm-w{b}g64+method.range-minmax"),
-    ("GPTQ + SQC (the published ranges)", "slim-llm-w{b}g64+allocation-null"),
-    ("SliM-LLM (both)", "slim-llm-w{b}g64"),
-    ("GPTQ, searched ranges and correction", "gptq-w{b}g64"),
-    ("OmniQuant", "omniquant-w{b}g64"),
-    ("SliM-LLM+", "slim-llm-plus-w{b}g64"),
-    ("SignRound", "signround-w{b}g64+calibration.batch_size-4"),
-    ("SBA + SignRound", "signround-w{b}g64+calibration.batch_size-4+allocation.policy-sba+allocation.sequences-32"),
-    ("bitfloor", "bitfloor-w{b}g64"),
-    ("slim-tuned", "slim-tuned-w{b}g64"),
-    ("budget + bitfloor", "bitfloor-w{b}g64+allocation.policy-budget+allocation.sequences-32"),
-    (
-        "budget, channels sorted + bitfloor",
-        "bitfloor-w{b}g64+allocation.policy-budget+allocation.sequences-32+allocation.sort-true",
-    ),
-    ("bitfloor, embedding at 8 bits", "bitfloor-w{b}g64+embedding8"),
-    ("bitfloor-mixed (budget with embedding, sorted)", "bitfloor-mixed-w{b}g64+embedding8"),
-)
-
-
-def slim(results: Results) -> str:
-    """Everything with widths by group, and what it is measured against."""
-    rows = []
-    for bits in (2, 3):
-        for label, name in MIXED:
-            content = results.get(f"yardstick/{name.format(b=bits)}")
-            if content is None:
-                continue
-            cells = [perplexity_cell(content["perplexity"][text]["ppl"]) for text in NAMES]
-            size = f"{content['bytes']['total'] / 1e6:.1f} MB"
-            cost_of = f"{content['quantization']['cpu_seconds']:.0f}"
-            rows.append([f"{label}, {bits} bits", f"{content['bits_per_linear_weight']:.3f}", size, *cells, cost_of])
-    headings = ["", "stored bits per linear weight", "file", *NAMES.values(), "CPU-seconds"]
-    return markdown(headings, rows)
-
-
-def gains(results: Results) -> str:
-    """What widths by group are worth, against the same recipe without them."""
-    rows = [
-        [
-            f"{row['mixed']} to {row['plain']}, {NAMES[row['text']]}",
-            f"{row['mixed_bytes'] / 1e6:.2f} / {row['plain_bytes'] / 1e6:.2f} MB",
-            f"{row['ratio']:.3f}",
-            difference_cell(row),
-        ]
-        for row in _comparison(results)["mixed"]
-    ]
-    return markdown(["", "files", "ratio of perplexities", "Δ nats/token [95%]"], rows)
-
-
-def second(results: Results) -> str:
-    """The same on a model made to differ."""
-    content = _needed(results, "second")
-    rows = [
-        [f"{row['name']}, {row['bits']} bits", f"{row['bits_per_linear_weight']:.3f}", f"{row['ppl']:.3f}"]
-        for row in content["rows"]
-    ]
-    return markdown(["", "stored bits per linear weight", f"perplexity (float {content['float']:.3f})"], rows)
-
-
-def averages(results: Results) -> str:
-    """What a budget promises and what is stored."""
-    rows = [
-        [
-            f"{row['average']:g}",
-            "sorted" if row["sort"] else "as they are",
-            f"{row['promised']:.4f}",
-            f"{row['stored']:.4f}",
-            f"{row['gap']:.2e}",
-        ]
-        for row in _needed(results, "averages")["rows"]
-    ]
-    return markdown(["mean width", "channels", "promised", "stored", "gap"], rows)
-
-
 def wider(results: Results) -> str:
     """Windows of two blocks, and losses that weigh channels."""
     return _variants({key: value for key, value in results.items() if key.startswith("ablation/wider")})
@@ -357,6 +239,10 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "averages": averages,
     "seeds": seeds,
     "block": block,
+    "shapes": shapes,
+    "multiples": multiples,
+    "iq1": iq1,
+    "parts": parts,
 }
 # Documents with marked tables.
 METHODS = record.ROOT / "docs" / "methods"
@@ -365,18 +251,9 @@ DOCUMENTS = (
     METHODS / "bitfloor.md",
     METHODS / "signround.md",
     METHODS / "slim-llm.md",
+    METHODS / "ptq161.md",
     METHODS.parent / "allocation.md",
 )
-
-
-def _comparison(results: Results) -> dict[str, Any]:
-    return _needed(results, "comparison")
-
-
-def _needed(results: Results, name: str) -> dict[str, Any]:
-    if name not in results:
-        raise SystemExit(f"bench/results/{name}.json is missing; docs/measuring.md says how it is made")
-    return results[name]
 
 
 # -- the document -----------------------------------------------------------------------------------------------------

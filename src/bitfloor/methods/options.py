@@ -195,7 +195,7 @@ class Ptq161Config:
 
     Args:
         ratio: share of the input channels that are salient, rounded down to whole multiples; 0 and 1 leave one part.
-        multiple: of which their number is.
+        multiple: of which their number is; tiles of the storage hold 32 columns.
         salient_bits: width of the salient channels.
         score: what makes a channel salient: ``"max"`` of its inputs as published, their ``"mean"`` magnitude, or the
             ``"gain"``, second moment times the squared error that one bit would leave; ``"random"`` for comparison.
@@ -210,7 +210,7 @@ class Ptq161Config:
     """
 
     ratio: float = 0.2
-    multiple: int = 16
+    multiple: int = 32
     salient_bits: int = 4
     score: str = "max"
     range: str = "row"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from bitfloor.core.errors import BitfloorError, InputError
+from bitfloor.core.errors import InputError
 from bitfloor.core.spec import MatrixRef
 
 INSTALL = "pip install peft"
@@ -161,7 +161,6 @@ class Adapters:
 
         names = [ref.param.rpartition(".")[0] for ref in refs]
         config = make_config(choice, names, transposed=all(ref.kind == "conv1d" for ref in refs))
-        self.kind = choice.kind
         devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
         try:
             with _quiet(), torch.random.fork_rng(devices=devices):
@@ -193,16 +192,9 @@ class Adapters:
                 parameter.copy_(values[name])
 
     def merge(self) -> None:
-        """Make the adapters part of the weights and put the model's own modules back.
-
-        Raises:
-            BitfloorError: what they have learnt is not finite.
-        """
-        try:
-            with _quiet(), torch.no_grad():
-                self._model.merge_and_unload(safe_merge=True)
-        except ValueError as error:
-            raise BitfloorError(f"the adapter {self.kind} cannot be merged: {_line(error)}.") from error
+        """Make the adapters part of the weights and put the model's own modules back."""
+        with _quiet(), torch.no_grad():
+            self._model.merge_and_unload()
         self.parameters, self._layers = {}, []
 
 

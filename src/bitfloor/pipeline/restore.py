@@ -136,6 +136,8 @@ class Restoring:
         if not math.isfinite(progress["before"]):
             progress["note"] = "nothing was restored: the loss of the quantized model is not finite"
         else:
+            for name, value in adapters.parameters.items():
+                adam.moments.setdefault(name, torch.zeros(2, *value.shape, device=value.device))
             best = self._updates(judge, adapters, adam, progress, best)
         if progress["note"]:
             self._tell(progress["note"], kind="note")
@@ -180,7 +182,8 @@ class Restoring:
         """One update from ``accumulation`` batches; False, and nothing moved, where its loss is not finite."""
         config = self.config
         for parameter in adapters.parameters.values():
-            parameter.grad = None
+            # Kept from update to update: made anew on the way back, it would lie between what is freed there.
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
         adapters.train(True)
         devices = [torch.device(self.options.device)] if self.options.device != "cpu" else []
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
@@ -194,8 +197,8 @@ class Restoring:
                 if not math.isfinite(float(loss.detach())):
                     return False
                 (loss / config.accumulation).backward()  # type: ignore[no-untyped-call]
-        learning = [parameter for parameter in adapters.parameters.values() if parameter.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(learning, LARGEST_NORM))
+        trim_heap()
+        norm = float(nn.utils.clip_grad_norm_(adapters.parameters.values(), LARGEST_NORM))
         if not math.isfinite(norm):
             return False
         for name, parameter in adapters.parameters.items():
@@ -337,4 +340,6 @@ def _checkpointed(source: SourceModel) -> Iterator[None]:
 def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    found = checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    trim_heap()  # what is kept lies between what was freed
+    return found

@@ -13,7 +13,6 @@ from bitfloor.pipeline.memory import (
     HIDDEN_COPIES,
     KEPT_HIDDEN_COPIES,
     KEPT_WIDEST_COPIES,
-    LOGIT_COPIES,
     OVERHEAD,
     WIDEST_COPIES,
     resident_memory,
@@ -24,6 +23,9 @@ from bitfloor.pipeline.sizes import parameter_sizes
 # the journal, which has three and its best again.
 LEARNT_COPIES = 5
 STORED_COPIES = 4
+# Float32 tensors of the shape of a batch's logits alive at once: they, their logarithms, the way back; and the float
+# model's beside those, with what the divergence is made of.
+LOGIT_COPIES = {"next-token": 5, "distill": 8}
 # Copies of a matrix while it is merged: the change, the changed matrix, and one that is looked at or cast.
 MERGE_COPIES = 3
 
@@ -54,7 +56,7 @@ def restoring_memory(source: SourceModel, job: Job, assignment: Assignment, *, s
     # The rank's own activations beside a block's; a bottleneck is narrower than the hidden state.
     kept = FLOAT * tokens * (KEPT_HIDDEN_COPIES * hidden + KEPT_WIDEST_COPIES * widest)
     entering = FLOAT * tokens * hidden * source.map.n_blocks
-    logits = LOGIT_COPIES * FLOAT * tokens * vocabulary
+    logits = LOGIT_COPIES[config.objective] * FLOAT * tokens * vocabulary
     products = 0
     if job.products is not torch.float32:
         # Weights in the type of the products: of a block for the way back, or of the head.

@@ -25,7 +25,7 @@ LEARNT_COPIES = 5
 STORED_COPIES = 4
 # Float32 tensors of the shape of a batch's logits alive at once: they, their logarithms, the way back; and the float
 # model's beside those, with what the divergence is made of.
-LOGIT_COPIES = {"next-token": 5, "distill": 8}
+LOGIT_COPIES = {"next-token": 4, "distill": 8}
 # Copies of a matrix while it is merged: the change, the changed matrix, and one that is looked at or cast.
 MERGE_COPIES = 3
 

@@ -48,6 +48,7 @@ def _table_width(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
+    """A list, as YAML has it, as the tuple that a frozen part holds."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -63,6 +64,8 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Part(BaseModel):
+    """What holds for every part: no unknown keys, no conversions, no changes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 

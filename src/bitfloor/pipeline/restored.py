@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitfloor.core.errors import BitfloorError, InputError
 from bitfloor.core.heap import trim_heap
-from bitfloor.formats.atomic import atomic_file, make_folder, read_json
+from bitfloor.formats.atomic import atomic_file, make_folder, read_json, storage_error
 from bitfloor.formats.files import DTYPE_NAMES
 from bitfloor.formats.shards import CheckpointWriter
 from bitfloor.modeling.loader import SourceModel
@@ -107,8 +107,11 @@ def _write(source: SourceModel, student: SourceModel, assignment: Assignment, ta
 
     Names are those of the model's parameters, types those of the source.
     """
-    if folder.exists():
-        shutil.rmtree(folder)
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise storage_error(error, folder) from error
     writer = CheckpointWriter(make_folder(folder))
     types = {target: info.dtype for info in source.tensors.values() for target in info.targets}
     changed = {assignment.refs[name].param for name in assignment.specs if assignment.refs[name].block >= 0}

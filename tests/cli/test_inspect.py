@@ -13,7 +13,7 @@ from bitfloor.cli.bits import CELL, COLOURS, GAP, widths_of
 from bitfloor.cli.inspection import Layer
 from bitfloor.pipeline.timing import remember
 
-SCHEMA = {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "tuning", "layers"}
+SCHEMA = {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "tuning", "restoration", "layers"}
 LAYER = {"name", "shape", "segments", "rotation", "sorted", "bytes", "bits_per_weight", "block_error", "learning"}
 
 

@@ -59,10 +59,13 @@ def summary(found: Inspection) -> Table:
     """The whole model in a few lines, as a renderable."""
     nbytes = found.nbytes
     linear = found.bits_per_linear_weight
-    tuned = []
+    learnt = []
+    if found.restoration is not None:
+        before, after = in_short(found.restoration["before"]), in_short(found.restoration["after"])
+        learnt.append(("restored", f"loss {before} to {after} between two quantizations"))
     if found.tuning is not None:
         before, after = in_short(found.tuning["before"]), in_short(found.tuning["after"])
-        tuned.append(("tuned", f"divergence {before} to {after}; errors of blocks are from before"))
+        learnt.append(("tuned", f"divergence {before} to {after}; errors of blocks are from before"))
     return pairs(
         [
             ("recipe", str(found.recipe.get("name", "unknown"))),
@@ -72,7 +75,7 @@ def summary(found: Inspection) -> Table:
             ("  linears", in_bytes(nbytes["linears"])),
             ("  embeddings", in_bytes(nbytes["embeddings"])),
             ("  other", in_bytes(nbytes["other"])),
-            *tuned,
+            *learnt,
         ],
     )
 

@@ -62,8 +62,9 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
         assert published == ((True, False, "gptq") if kind == "slim-tuned" else (False, True, "minmax"))
     if kind in ("slim-tuned", "bitfloor-mixed"):
         plain = load_recipe(f"bitfloor-{storage}")
-        # Mixed widths have narrow groups at any mean width.
-        spec = plain.spec.model_copy(update={"centred": 2})
+        # A budget has narrow groups at any mean width.
+        narrow = {"centred": 2} if kind == "bitfloor-mixed" else {}
+        spec = plain.spec.model_copy(update=narrow)
         assert (recipe.method, recipe.spec, recipe.embedding) == (plain.method, spec, plain.embedding)
     if kind == "slim-llm":
         assert recipe.method.options["range"] == "sqc"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import shutil
@@ -271,6 +272,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"options": {"target_modules": ["q_proj"]}}, "target_modules is set by the stage itself"),
     ({"options": {"r": 8}}, "restore.rank and restore.options.r are one setting"),
     ({"options": {"init_lora_weights": 7}}, "peft "),
+    ({"alpha": math.inf}, r"restore.alpha = Infinity is not allowed"),
+    ({"options": {"alpha_pattern": {"q_proj": math.nan}}}, "restore.options = .* use a mapping of options"),
+    ({"options": {"use_dora": datetime.date(2020, 1, 1)}}, "restore.options = .* use a mapping of options"),
     ({"targets": ["*.qproj"]}, "restore.targets has '\\*.qproj', which matches none of the model's 21 matrices"),
     ({"leave": ["*.oproj"]}, "restore.leave has '\\*.oproj', which matches none"),
     ({"targets": ["*.o_proj"]}, "leaves no matrix to adapt"),

@@ -276,6 +276,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"options": {"target_modules": ["q_proj"]}}, "target_modules is set by the stage itself"),
     ({"options": {"r": 8}}, "restore.rank and restore.options.r are one setting"),
     ({"options": {"init_lora_weights": 7}}, "peft "),
+    ({"options": {"init_lora_weights": "eva"}}, "init_lora_weights = eva is made from data"),
     ({"alpha": math.inf}, r"restore.alpha = Infinity is not allowed"),
     ({"options": {"alpha_pattern": {"q_proj": math.nan}}}, "restore.options = .* use a mapping of options"),
     ({"options": {"use_dora": datetime.date(2020, 1, 1)}}, "restore.options = .* use a mapping of options"),

@@ -282,7 +282,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"options": {"use_dora": datetime.date(2020, 1, 1)}}, "restore.options = .* use a mapping of options"),
     ({"targets": ["*.qproj"]}, "restore.targets has '\\*.qproj', which matches none of the model's 21 matrices"),
     ({"leave": ["*.oproj"]}, "restore.leave has '\\*.oproj', which matches none"),
-    ({"targets": ["*.o_proj"]}, "leaves no matrix to adapt"),
+    ({"targets": ["*.o_proj"]}, "leaves no matrix to adapt .*unless restore.leave says otherwise"),
+    ({"leave": ["*"]}, "leaves no matrix to adapt; name others"),
 ]
 
 

@@ -332,10 +332,9 @@ def check_calibration(recipe: Recipe, job: Job, source: SourceModel, calibration
             f"restore.seqlen = {recipe.restore.seqlen:,} is longer than this model's context of "
             f"{longest:,} tokens; use at most that."
         )
-    if calibration is not None and not reads and recipe.restore is None:
-        raise InputError(
-            f"the calibration text {calibration!r} would not be read: {recipe.name} needs none; leave it out."
-        )
+    if calibration is not None and not reads and (recipe.restore is None or recipe.restore.text is not None):
+        why = "needs none" if recipe.restore is None else "calibrates on none, and restore.text is another"
+        raise InputError(f"the calibration text {calibration!r} would not be read: {recipe.name} {why}; leave it out.")
 
 
 def check_device(device: str) -> None:

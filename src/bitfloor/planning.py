@@ -47,8 +47,8 @@ def make_bit_plan(source: SourceModel, job: Job, batches: Sequence[Tensor], out:
         raise InputError("the recipe replays a plan (allocation.plan); leave it out to make one.")
     if job.recipe.get("restore"):
         raise InputError(
-            "the recipe restores the model before it finds the widths that count, which takes a whole run; "
-            "leave it out with restore=null, or take plan.json from what quantize writes."
+            "the recipe restores the model before it finds the widths that count, so they fit that model alone, which "
+            "only a whole run makes; leave the stage out with restore=null."
         )
     if out.is_dir():
         raise InputError(f"{out} is a folder; give a file for the plan.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import shutil
@@ -253,8 +254,12 @@ def test_widths_are_found_again_and_a_given_plan_holds_for_both(pico: Any, small
     given = {**recipe, "allocation": {"plan": str(tmp_path / "plain" / "plan.json")}}
     report = api.quantize(model, tmp_path / "given", restored(given))
     assert json.loads((tmp_path / "given" / "plan.json").read_text())["matrices"] == plans[0]["matrices"]
-    with pytest.raises(InputError, match="restore=null"):
+    with pytest.raises(InputError, match="leave the stage out with restore=null"):
         api.allocate(model, tmp_path / "plan.json", restored(recipe))
+    # What a restored model's run has found fits that model alone.
+    found = {**recipe, "allocation": {"plan": str(tmp_path / "found" / "plan.json")}}
+    with pytest.raises(InputError, match="the plan was made for a model with fingerprint"):
+        api.quantize(model, tmp_path / "other", restored(found))
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -271,9 +276,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"options": {"target_modules": ["q_proj"]}}, "target_modules is set by the stage itself"),
     ({"options": {"r": 8}}, "restore.rank and restore.options.r are one setting"),
     ({"options": {"init_lora_weights": 7}}, "peft "),
+    ({"options": {"init_lora_weights": "eva"}}, "init_lora_weights = eva is made from data"),
+    ({"alpha": math.inf}, r"restore.alpha = Infinity is not allowed"),
+    ({"options": {"alpha_pattern": {"q_proj": math.nan}}}, "restore.options = .* use a mapping of options"),
+    ({"options": {"use_dora": datetime.date(2020, 1, 1)}}, "restore.options = .* use a mapping of options"),
     ({"targets": ["*.qproj"]}, "restore.targets has '\\*.qproj', which matches none of the model's 21 matrices"),
     ({"leave": ["*.oproj"]}, "restore.leave has '\\*.oproj', which matches none"),
-    ({"targets": ["*.o_proj"]}, "leaves no matrix to adapt"),
+    ({"targets": ["*.o_proj"]}, "leaves no matrix to adapt .*unless restore.leave says otherwise"),
+    ({"leave": ["*"]}, "leaves no matrix to adapt; name others"),
 ]
 
 
@@ -284,6 +294,16 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=said):
         api.quantize(pico("llama"), tmp_path / "out", restored(plain, **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_calibration_text_that_nothing_reads_is_refused(pico: Any, plain: Recipe, texts: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="would not be read: .* calibrates on none, and restore.text is another"):
+        api.quantize(pico("llama"), tmp_path / "out", restored(plain), calibration=texts.calibration)
+    assert not (tmp_path / "out").exists()
+    # Without a text of its own the stage reads it.
+    recipe = restored(plain, text=None, tokens=64)
+    report = api.quantize(pico("llama"), tmp_path / "out", recipe, calibration=texts.calibration)
+    assert report["restoration"]["tokens"] == 64
 
 
 def test_experts_are_refused_if_asked_for(pico: Any, plain: Recipe, tmp_path: Path) -> None:

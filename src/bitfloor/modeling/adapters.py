@@ -42,6 +42,8 @@ NOT_OPTIONS = {
     "task_type",
     "trainable_token_indices",
 }
+# Starts that peft makes from data in a call of its own; without it the adapter quietly starts as another.
+FROM_DATA = {("init_lora_weights", "eva")}
 # How far a merged product may be from the adapted one, relative to its largest entry: float32 in another order.
 MERGE_ERROR = 1e-3
 NUDGE = 0.02  # size of the values that stand for learnt ones in the trial
@@ -118,6 +120,10 @@ def make_config(choice: AdapterChoice, modules: Sequence[str], *, transposed: bo
             close = difflib.get_close_matches(name, known - NOT_OPTIONS, n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise InputError(f"restore.options.{name} is no option of the adapter {choice.kind} in peft{hint}")
+        if (name, str(values[name]).lower()) in FROM_DATA:
+            raise InputError(
+                f"restore.options.{name} = {values[name]} is made from data, which this stage does not do."
+            )
     for name, spellings in FIELDS.items():
         value = getattr(choice, name)
         field = next((spelling for spelling in spellings if spelling in known), None)

@@ -134,6 +134,8 @@ def find_targets(config: RestoreConfig, assignment: Assignment) -> Targets:
             refs.append(ref)
     if not refs:
         why = f" ({next(iter(left))}: {next(iter(left.values()))})" if left else ""
+        if not left and config.leave is None:
+            why = " (output projections of attention are left out unless restore.leave says otherwise, as [] does)"
         raise InputError(f"restore.targets leaves no matrix to adapt{why}; name others, or leave restore out.")
     return Targets(tuple(refs), left)
 

@@ -6,6 +6,7 @@ apart. Values are checked strictly: ``bits: "4"`` and ``seed: true`` are refused
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -51,6 +52,15 @@ def _plain_width(value: Any) -> Any:
 def _table_width(value: Any) -> Any:
     if type(value) is not int or value not in TABLE_BITS:
         raise PydanticCustomError("width", "no such width")
+    return value
+
+
+def _plain_options(value: Any) -> Any:
+    """As JSON has them: what else YAML knows (dates, infinities) would be another value in the recorded recipe."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise PydanticCustomError("options", "no plain values") from None
     return value
 
 
@@ -260,13 +270,16 @@ class RestorePart(Part):
         default="lora", description="the name of an adapter of peft, for example lora"
     )
     rank: Count | None = Field(default=None, description="null (64 for lora), or a positive whole number")
-    alpha: Annotated[float, Field(gt=0)] | None = Field(
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None, description="null (16 for lora), or a number more than 0"
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="null (0.1 for lora), or a share of 0 or more and less than 1"
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="a mapping of options of the adapter in peft")
+    options: Annotated[dict[str, Any], BeforeValidator(_plain_options)] = Field(
+        default_factory=dict,
+        description="a mapping of options of the adapter in peft, of numbers, words, true, false, lists and mappings",
+    )
     targets: Annotated[Globs, Field(min_length=1)] = Field(
         default=("*",), description="a list of globs on matrix names, for example ['*.q_proj', '*.v_proj']"
     )

@@ -47,7 +47,9 @@ class Recipe(Part):
 
     name: str = Field(default="", description="a short name")
     description: str = Field(default="", description="one line of text")
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="a whole number of 0 or more")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="a whole number of 0 or more, below 2^63"
+    )
     method: MethodChoice = Field(description="a method with its options, for example {name: gptq}")
     spec: SpecPart = Field(description="the default storage, for example {bits: 4, group_size: 64}")
     layers: Annotated[tuple[LayerRule, ...], BeforeValidator(as_tuple)] = Field(

@@ -44,6 +44,8 @@ NOT_OPTIONS = {
 }
 # Starts that peft makes from data in a call of its own; without it the adapter quietly starts as another.
 FROM_DATA = {("init_lora_weights", "eva")}
+# Adapters that drop ranks on the way, told by the one who trains them when.
+SCHEDULED = ("adalora",)
 # How far a merged product may be from the adapted one, relative to its largest entry: float32 in another order.
 MERGE_ERROR = 1e-3
 NUDGE = 0.02  # size of the values that stand for learnt ones in the trial
@@ -109,6 +111,11 @@ def make_config(choice: AdapterChoice, modules: Sequence[str], *, transposed: bo
         hint = f"did you mean {close[0]}? " if close else ""
         raise InputError(
             f"restore.adapter = {choice.kind!r} is no adapter of this peft; {hint}known: {', '.join(sorted(kinds))}."
+        )
+    if choice.kind in SCHEDULED:
+        raise InputError(
+            f"the adapter {choice.kind} learns on a schedule of its own, which this stage does not keep; use another "
+            "one, such as lora."
         )
     kind = kinds[choice.kind]
     known = {field.name for field in dataclasses.fields(kind)}
@@ -247,17 +254,20 @@ def check_adapter(choice: AdapterChoice, refs: Sequence[MatrixRef]) -> int:
         torch.manual_seed(0)
         bench = _Bench(kinds)
         stand_ins = [dataclasses.replace(ref, param=f"m{i}.weight") for i, ref in enumerate(kinds)]
+        with torch.no_grad():
+            plain = bench()
         adapters = Adapters(bench, stand_ins, choice, 0)
+        adapters.train(False)
         counts = [0] * len(kinds)
         for name, parameter in adapters.parameters.items():
             owner = name.split(".")[0]
             for i in range(len(kinds)):  # what belongs to none is shared
                 counts[i] += parameter.numel() if owner == f"m{i}" or owner not in bench._modules else 0
         with torch.no_grad():
-            for parameter in adapters.parameters.values():
-                parameter.add_(torch.randn_like(parameter), alpha=NUDGE)
-            adapters.train(False)
             try:
+                start = bench()
+                for parameter in adapters.parameters.values():
+                    parameter.add_(torch.randn_like(parameter), alpha=NUDGE)
                 before = bench()
                 adapters.merge()
                 after = bench()
@@ -268,13 +278,22 @@ def check_adapter(choice: AdapterChoice, refs: Sequence[MatrixRef]) -> int:
                 ) from error
     if bench.biased():
         raise InputError(f"the adapter {choice.kind} changes biases too, which stay; use another one, such as lora.")
+    if any(_apart(*pair) for pair in zip(plain, start, strict=True)):
+        raise InputError(
+            f"the adapter {choice.kind} changes the model before it has learnt anything, so the model as it was could "
+            "not be kept; use options with which it starts as nothing, or another one, such as lora."
+        )
     for one, other in zip(before, after, strict=True):
-        if not float((one - other).abs().max()) <= MERGE_ERROR * float(one.abs().max()):
+        if _apart(one, other):
             raise InputError(
                 f"the adapter {choice.kind} does not become part of a model's weights when it is merged; "
                 "use another one, such as lora."
             )
     return sum(count * len(own) for count, own in zip(counts, sizes.values(), strict=True))
+
+
+def _apart(one: Tensor, other: Tensor) -> bool:
+    return not float((one - other).abs().max()) <= MERGE_ERROR * float(one.abs().max())
 
 
 def _line(error: Exception) -> str:

@@ -96,7 +96,7 @@ def test_parameters_are_counted_for_all_matrices() -> None:
         (AdapterChoice("poly", None, None, None), "cannot be merged"),
         (AdapterChoice("adalora", None, None, None, {"total_step": 10}), "learns on a schedule of its own"),
         (AdapterChoice(options={"init_lora_weights": False}), "changes the model before it has learnt anything"),
-        (AdapterChoice("fourierft", None, None, None, {"n_frequency": 9}), "changes the model before it has learnt anything"),
+        (AdapterChoice("fourierft", None, None, None, {"n_frequency": 9}), "before it has learnt anything"),
         (AdapterChoice("miss", None, None, None), "cannot put the adapter miss on this model"),
         (AdapterChoice("loha", 2, 4.0, 0.1, {"module_dropout": 0.2}), "are one setting"),
         (AdapterChoice(options={"bias": "all"}), "restore.options.bias is set by the stage itself"),

@@ -23,7 +23,7 @@ $(STAMP)/torch:
 	@touch $@
 
 # Builds the native library too, if there is a C++ compiler.
-$(STAMP)/package: $(STAMP)/torch pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP)/package: $(STAMP)/torch pyproject.toml setup.py $(wildcard csrc/* csrc/packed/*)
 	@test -f .setup-began || date +%s > .setup-began
 	$(INSTALL) -e ".[dev,gguf]"
 	@touch $@
@@ -51,4 +51,4 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 clean:
-	rm -rf $(VENV) .setup-began .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info src/bitfloor/ops/_native*
+	rm -rf $(VENV) .setup-began .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info src/bitfloor/ops/_native* src/bitfloor/ops/_packed*

@@ -10,7 +10,7 @@ STAMP := $(VENV)/stamps
 export PYTHONPATH :=
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup test test-full lint demo clean
+.PHONY: setup test test-full sanitize lint demo clean
 .DEFAULT_GOAL := test
 
 # pip prefers a CPU build where the machine offers one; any build of this version will do.
@@ -41,6 +41,10 @@ test: SELECT := -m "not full"
 test test-full: setup
 	@began=$$(date +%s); $(BIN)/python -m pytest -q $(SELECT) $(ARGS); status=$$?; \
 	echo "tests: $$(( $$(date +%s) - began )) seconds"; exit $$status
+
+# The C interface of the packed kernels under address and undefined-behaviour sanitizers; minutes of compiling.
+sanitize: setup
+	$(BIN)/python -m pytest -q -m full tests/kernel/test_packed_fuzz.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@
     packed_embedding(ids, parts, form, dtype)            rows, [...] to [..., I]
     packed_input(x, parts, form)                         the input side alone, to float32 [..., padded]
     packed_product(stored, parts, bias, form, activations)   the rest of packed_linear, float32 [..., O]
+    packed_gradient(grad, parts, form)                   of x: grad [..., O] to [..., I], in the dtype of grad
 
 ``form`` and ``parts`` are described in :mod:`bitfloor.ops.form`; ``activations`` is ``"float"`` or ``"int8"``. Matrices
 that share order, channels, rotation and partition, and have no channel scales, can share a ``packed_input``. Torch
@@ -33,6 +34,7 @@ SCHEMAS = {
     "packed_embedding": "(Tensor ids, Tensor[] parts, int[] form, ScalarType dtype) -> Tensor",
     "packed_input": "(Tensor x, Tensor[] parts, int[] form) -> Tensor",
     "packed_product": "(Tensor stored, Tensor[] parts, Tensor? bias, int[] form, str activations) -> Tensor",
+    "packed_gradient": "(Tensor grad, Tensor[] parts, int[] form) -> Tensor",
 }
 LIBRARY = torch.library.Library("bitfloor", "DEF")  # type: ignore[no-untyped-call]
 
@@ -56,7 +58,7 @@ def _checked(
 
     Args:
         x: floating point ``[..., I]`` or ``[..., padded]``.
-        width: which of the two, ``"I"`` or ``"padded"``.
+        width: which of the two, ``"I"`` or ``"padded"``, or ``"O"`` for a gradient.
         parts, form, bias, mode: see the operators.
 
     Raises:
@@ -64,7 +66,7 @@ def _checked(
     """
     found = read_form(tuple(form))
     found.check_parts(parts, x.device)
-    columns = found.shape[1] if width == "I" else found.padded
+    columns = {"I": found.shape[1], "padded": found.padded, "O": found.shape[0]}[width]
     if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != columns:
         raise InputError(f"the input is {x.dtype} {list(x.shape)} and must be floating point [..., {columns}].")
     if bias is not None and (bias.shape != (found.shape[0],) or bias.device != x.device):
@@ -111,6 +113,10 @@ def _product(
 ) -> Tensor:
     checked = _checked(stored, "padded", parts, form, bias, activations)
     return packed_reference.product(stored.float(), parts, bias, checked, activations)
+
+
+def _gradient(grad: Tensor, parts: Sequence[Tensor], form: Sequence[int]) -> Tensor:
+    return packed_reference.input_gradient(grad, parts, _checked(grad, "O", parts, form))
 
 
 # -- the CPU ----------------------------------------------------------------------------------------------------------
@@ -170,6 +176,18 @@ def _product_cpu(
     return library.product(stored.float(), parts, bias, checked, activations == INT8)
 
 
+def _gradient_cpu(grad: Tensor, parts: Sequence[Tensor], form: Sequence[int]) -> Tensor:
+    checked = _checked(grad, "O", parts, form)
+    library = _kernels()
+    if library is None:
+        return packed_reference.input_gradient(grad, parts, checked)
+    found = grad.new_zeros(*grad.shape[:-1], checked.shape[1])
+    for start, stop in reference.panels(*checked.shape, grad.device):
+        found += grad[..., start:stop] @ library.rows(parts, checked, first=start, count=stop - start).to(grad.dtype)
+    channels = checked.named(parts).get("channels")
+    return restored(rotate(found, checked.rotation), None if channels is None else channels.to(torch.int64))
+
+
 # -- shapes, and the way back -----------------------------------------------------------------------------------------
 
 
@@ -194,6 +212,10 @@ def _product_shape(
     return stored.new_empty(*stored.shape[:-1], height, dtype=torch.float32)
 
 
+def _gradient_shape(grad: Tensor, parts: Sequence[Tensor], form: Sequence[int]) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], _checked(grad, "O", parts, form).shape[1])
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
     _, parts, bias, ctx.form, _ = inputs
@@ -205,7 +227,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Of the product with the weights as they are; that activations were rounded is not seen."""
     of_x = of_bias = None
     if ctx.needs_input_grad[0]:
-        of_x = packed_reference.input_gradient(grad, ctx.saved_tensors, read_form(tuple(ctx.form)))
+        of_x = torch.ops.bitfloor.packed_gradient(grad, ctx.saved_tensors, ctx.form)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
         of_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return of_x, [None] * len(ctx.saved_tensors), of_bias, None, None
@@ -213,20 +235,26 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _no_way_back(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     del ctx, grad
-    raise BitfloorError("packed_input and packed_product have no gradient; use packed_linear for training.")
+    raise BitfloorError("packed_linear has a gradient, once, and what it is made of has none; train through that.")
 
 
 def _declare() -> None:
-    everywhere: list[Callable[..., Tensor]] = [_linear, _embedding, _input, _product]
-    on_cpu: list[Callable[..., Tensor]] = [_linear_cpu, _embedding_cpu, _input_cpu, _product_cpu]
-    shapes: list[Callable[..., Tensor]] = [_linear_shape, _embedding_shape, _input_shape, _product_shape]
+    everywhere: list[Callable[..., Tensor]] = [_linear, _embedding, _input, _product, _gradient]
+    on_cpu: list[Callable[..., Tensor]] = [_linear_cpu, _embedding_cpu, _input_cpu, _product_cpu, _gradient_cpu]
+    shapes: list[Callable[..., Tensor]] = [
+        _linear_shape,
+        _embedding_shape,
+        _input_shape,
+        _product_shape,
+        _gradient_shape,
+    ]
     for (name, schema), definition, kernel, shape in zip(SCHEMAS.items(), everywhere, on_cpu, shapes, strict=True):
         LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
         LIBRARY.impl(name, definition, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         LIBRARY.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"bitfloor::{name}", shape, lib=LIBRARY)
     torch.library.register_autograd("bitfloor::packed_linear", _linear_backward, setup_context=_keep, lib=LIBRARY)
-    for name in ("packed_input", "packed_product"):
+    for name in ("packed_input", "packed_product", "packed_gradient"):
         torch.library.register_autograd(f"bitfloor::{name}", _no_way_back, lib=LIBRARY)
 
 

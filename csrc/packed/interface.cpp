@@ -155,6 +155,18 @@ PUBLIC int64_t bitfloor_packed_product(const Plan* plan, const void* const* part
     return DONE;
 }
 
+// Both of them, for up to 8 rows of x [m, inputs]. parts: codes, scale, zero, offset, channel_scale, order, channels.
+PUBLIC int64_t bitfloor_packed_linear(const Plan* plan, const void* const* parts, const void* x, int64_t x_type,
+                                      const float* bias, float* y, int64_t m, int64_t integers, int64_t level,
+                                      int64_t threads) {
+    if (m < 0 || m > MOST_ROWS) return BAD_CALL;
+    float* stored = static_cast<float*>(scratch(4 * MOST_ROWS * plan->padded, 2));
+    if (!stored) return NO_MEMORY;
+    const uint16_t* channel_scale = static_cast<const uint16_t*>(parts[4]);
+    const int64_t reason = bitfloor_packed_input(plan, parts[6], parts[5], channel_scale, x, x_type, m, stored);
+    return reason ? reason : bitfloor_packed_product(plan, parts, stored, bias, y, m, integers, level, threads);
+}
+
 struct Unpacking {
     Dense dense;
     void (*run)(const Dense&, int64_t, int64_t);

@@ -29,11 +29,10 @@ inline void pause_briefly() {
 }
 
 struct Memory {
-    void* at[2] = {nullptr, nullptr};
-    int64_t size[2] = {0, 0};
+    void* at[3] = {};
+    int64_t size[3] = {};
     ~Memory() {
-        free(at[0]);
-        free(at[1]);
+        for (void* own : at) free(own);
     }
 };
 

@@ -56,7 +56,7 @@ def _packed() -> str:
     found = packed_native.load()
     if found.library is None:
         return f"not used: {found.reason}; torch computes from packed weights panel by panel"
-    return f"active: {LEVELS[found.library.level()]}"
+    return f"active: {LEVELS[found.library.level]}"
 
 
 def _version(name: str) -> str:

@@ -17,6 +17,8 @@ int64_t bitfloor_packed_input(const void* plan, const void* channels, const void
                               const void* x, int64_t x_type, int64_t m, float* out);
 int64_t bitfloor_packed_product(const void* plan, const void* const* parts, const float* x, const float* bias, float* y,
                                 int64_t m, int64_t integers, int64_t level, int64_t threads);
+int64_t bitfloor_packed_linear(const void* plan, const void* const* parts, const void* x, int64_t x_type,
+                               const float* bias, float* y, int64_t m, int64_t integers, int64_t level, int64_t threads);
 int64_t bitfloor_packed_rows(const void* plan, const void* const* parts, const int64_t* ids, int64_t first,
                              int64_t count, float* out, int64_t level, int64_t threads);
 int64_t bitfloor_packed_huge(void* at, int64_t bytes);
@@ -102,7 +104,8 @@ static int round_of(bool huge) {
     moderate(by_channel.at, scaled, bfloat);
     for (int64_t p = 0; p < entries; ++p) put(order.at, entries, p, p);
     for (int64_t j = 0; j < inputs; ++j) put(channel.at, inputs, j, inputs - 1 - j);
-    const void* parts[6] = {code.at, scale.at, zero.at, offset.at, by_channel.at, ordered ? order.at : nullptr};
+    const void* parts[7] = {code.at, scale.at, zero.at, offset.at, by_channel.at, ordered ? order.at : nullptr,
+                            channels ? channel.at : nullptr};
 
     const int64_t m = huge ? 1 : below(9), type = below(3);
     Bytes x(m * inputs * (type ? 2 : 4), type ? 2 : 4), inner(4 * m * padded, 4), bias(4 * rows, 4);
@@ -123,6 +126,11 @@ static int round_of(bool huge) {
             const auto* shift = below(2) ? reinterpret_cast<const float*>(bias.at) : nullptr;
             if (bitfloor_packed_product(plan.at, parts, in, shift, y, m, integers, level, 1 + below(4)))
                 return fail("a good product was refused");
+            Bytes both(4 * m * rows, 4);
+            float* same = reinterpret_cast<float*>(both.at);
+            if (bitfloor_packed_linear(plan.at, parts, x.at, type, shift, same, m, integers, level, 1 + below(4)) ||
+                memcmp(same, y, (size_t)(4 * m * rows)))
+                return fail("one call and two do not agree");
             double top = 1e-30, worst = 0;
             for (int64_t i = 0; i < m * rows; ++i) {
                 const float value = y[i] - (shift ? shift[i % rows] : 0.0f);

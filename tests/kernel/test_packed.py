@@ -14,10 +14,10 @@ from packed_cases import matrix, stored
 from torch import Tensor
 
 from bitfloor.core.packed import PackedWeight, dequantize
-from bitfloor.ops import packed, packed_native, packed_reference
+from bitfloor.ops import backend, packed, packed_native, packed_reference
 from bitfloor.ops.backend import FLOAT, INT8, reference
 from bitfloor.ops.form import read_form
-from bitfloor.ops.packed_native import CPU, LEVELS, PackedLibrary
+from bitfloor.ops.packed_native import LEVELS, PackedLibrary
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 SMOLLM = ((576, 576), (192, 576), (1536, 576), (576, 1536))
@@ -33,7 +33,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         pytest.skip(f"the packed kernels are not used: {found.reason}")
     if LEVELS.index(request.param) > LEVELS.index(found.library.best):
         pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setenv(CPU, request.param)
+    monkeypatch.setattr(found.library, "level", LEVELS.index(request.param))
     yield request.param
 
 
@@ -259,8 +259,8 @@ def test_a_child_of_fork_makes_its_own_threads() -> None:
 def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     parts, form = stored(matrix(20, [(64, 2)]))
     x = inputs(1, 64)
-    monkeypatch.setattr(PackedLibrary, "product", None)  # whatever calls it fails
+    monkeypatch.setattr(PackedLibrary, "linear", None)  # whatever calls it fails
     with reference():
         inside = packed.linear(x, parts, None, form, FLOAT)
-    monkeypatch.setenv("BITFLOOR_BACKEND", "reference")
+    monkeypatch.setattr(backend, "of_process", lambda: "reference")
     assert torch.equal(packed.linear(x, parts, None, form, FLOAT), inside)

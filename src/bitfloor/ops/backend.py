@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 from bitfloor.core.errors import InputError
 
@@ -32,7 +33,17 @@ def backend() -> str:
     Raises:
         InputError: ``BITFLOOR_BACKEND`` has a value without a meaning.
     """
-    chosen = _chosen.get() or os.environ.get(SETTING) or AUTO
+    return _chosen.get() or of_process()
+
+
+@cache
+def of_process() -> str:
+    """What the environment says; it is asked once, because asking takes as long as a small product.
+
+    Raises:
+        InputError: something without a meaning.
+    """
+    chosen = os.environ.get(SETTING) or AUTO
     if chosen not in BACKENDS:
         raise InputError(f"{SETTING}={chosen} is not known; set it to one of {', '.join(BACKENDS)}, or not at all.")
     return chosen

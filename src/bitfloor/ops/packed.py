@@ -130,8 +130,7 @@ def _linear_cpu(
     if library is None:
         return packed_reference.linear(x, parts, bias, checked, activations)
     if activations == INT8 or x.numel() <= MOST_ROWS * x.shape[-1]:
-        stored = library.stored_input(x, parts, checked)
-        return library.product(stored, parts, bias, checked, activations == INT8).to(x.dtype)
+        return library.linear(x, parts, bias, checked, activations == INT8)
     return _by_panels(library, x, parts, bias, checked)
 
 

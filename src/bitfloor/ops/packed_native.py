@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bitfloor.core.errors import BitfloorError, InputError
-from bitfloor.ops.form import Form
+from bitfloor.ops.form import PARTS, Form
 
 CPU = "BITFLOOR_CPU"
 LEVELS = ("portable", "avx2", "avx512")
@@ -36,6 +36,7 @@ SIGNATURES = {
     "bitfloor_packed_plan": (POINTER, INTEGER, POINTER, INTEGER),
     "bitfloor_packed_input": (*(POINTER,) * 5, INTEGER, INTEGER, POINTER),
     "bitfloor_packed_product": (*(POINTER,) * 5, *(INTEGER,) * 4),
+    "bitfloor_packed_linear": (*(POINTER,) * 3, INTEGER, POINTER, POINTER, *(INTEGER,) * 4),
     "bitfloor_packed_rows": (*(POINTER,) * 3, INTEGER, INTEGER, POINTER, INTEGER, INTEGER),
 }
 REASONS = {
@@ -60,17 +61,35 @@ class PackedLibrary:
             function.argtypes, function.restype = types, INTEGER
         self._library = library
         self.best = LEVELS[library.bitfloor_packed_level()]
+        self.level = len(LEVELS) - 1  # the instruction set to use, as an index of ``LEVELS``; the best, if that is less
 
-    def level(self) -> int:
-        """The instruction set to use, as an index of ``LEVELS``.
+    def limit(self, wanted: str) -> None:
+        """Use no more than an instruction set; all there is for an empty name.
 
         Raises:
-            InputError: ``BITFLOOR_CPU`` names none.
+            InputError: there is none of that name.
         """
-        wanted = os.environ.get(CPU) or self.best
-        if wanted not in LEVELS:
+        if wanted and wanted not in LEVELS:
             raise InputError(f"{CPU}={wanted} is not known; set it to one of {', '.join(LEVELS)}, or not at all.")
-        return min(LEVELS.index(wanted), LEVELS.index(self.best))
+        self.level = min(LEVELS.index(wanted or self.best), LEVELS.index(self.best))
+
+    def linear(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, form: Form, int8: bool) -> Tensor:
+        """``x W^T + bias`` of any number of rows, in the dtype of ``x``: float32, float16 or bfloat16."""
+        x, given = x.contiguous(), _contiguous(form, parts)
+        bias = None if bias is None else bias.float().contiguous()
+        (height, width), size = form.shape, x.element_size()
+        out = torch.empty(*x.shape[:-1], height, dtype=torch.float32)
+        pointers = (POINTER * 7)(*[_pointer(given.get(name)) for name in PARTS])
+        plan, kind, threads = self._plan(form), TYPES[x.dtype], torch.get_num_threads()
+        rows, start, y, shift = x.numel() // width, x.data_ptr(), out.data_ptr(), _pointer(bias)
+        for at in range(0, rows, MOST_ROWS):
+            here, there, count = start + size * at * width, y + 4 * at * height, min(MOST_ROWS, rows - at)
+            _done(
+                self._library.bitfloor_packed_linear(
+                    plan, pointers, here, kind, shift, there, count, int8, self.level, threads
+                )
+            )
+        return out if x.dtype == torch.float32 else out.to(x.dtype)
 
     def stored_input(self, x: Tensor, parts: Sequence[Tensor], form: Form) -> Tensor:
         """See :func:`bitfloor.ops.packed_reference.stored_input`; ``x`` is float32, float16 or bfloat16."""
@@ -88,7 +107,7 @@ class PackedLibrary:
         height, width = form.shape[0], form.padded
         out = torch.empty(*stored.shape[:-1], height, dtype=torch.float32)
         pointers = (POINTER * 4)(*(_pointer(given.get(name)) for name in ("codes", "scale", "zero", "offset")))
-        plan, level, threads = self._plan(form), self.level(), torch.get_num_threads()
+        plan, level, threads = self._plan(form), self.level, torch.get_num_threads()
         rows, x, y = stored.numel() // width, stored.data_ptr(), out.data_ptr()
         for at in range(0, rows, MOST_ROWS):
             _done(
@@ -116,7 +135,7 @@ class PackedLibrary:
         out = torch.empty(count, form.shape[1], dtype=torch.float32)
         names = ("codes", "scale", "zero", "offset", "channel_scale", "order")
         pointers = (POINTER * 6)(*(_pointer(given.get(name)) for name in names))
-        plan, level, threads = self._plan(form), self.level(), torch.get_num_threads()
+        plan, level, threads = self._plan(form), self.level, torch.get_num_threads()
         _done(
             self._library.bitfloor_packed_rows(
                 plan, pointers, _pointer(ids), first, count, out.data_ptr(), level, threads
@@ -166,7 +185,11 @@ class Loaded:
 
 @cache
 def load(folder: Path = FOLDER) -> Loaded:
-    """Load the library from a folder, once."""
+    """Load the library from a folder, once.
+
+    Raises:
+        InputError: ``BITFLOOR_CPU`` names no instruction set.
+    """
     paths = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_packed{suffix}").is_file()]
     if not paths:
         return Loaded(None, "it was not built; install bitfloor where there is a C++ compiler")
@@ -177,7 +200,9 @@ def load(folder: Path = FOLDER) -> Loaded:
         found = library.bitfloor_packed_abi()
         if found != ABI:
             return Loaded(None, f"it was built from another version (its number is {found}, not {ABI}); {again}")
-        return Loaded(PackedLibrary(library))
+        made = PackedLibrary(library)
+        made.limit(os.environ.get(CPU, ""))
+        return Loaded(made)
     except (OSError, AttributeError) as error:
         return Loaded(None, f"it cannot be loaded ({str(error).replace(f'{folder}{os.sep}', '')}); {again}")
 

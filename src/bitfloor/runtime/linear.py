@@ -20,11 +20,12 @@ from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.formats.files import TORCH_DTYPES
 from bitfloor.formats.layout import PARTS, SCALE_TYPES, Layout, part_shapes
 from bitfloor.formats.native import assemble
-from bitfloor.ops import packed, reference
+from bitfloor.ops import packed, packed_native, reference
 from bitfloor.ops.backend import activations
 from bitfloor.ops.form import CONSTANT, OFFSET, PACKED
 
 ROWS = 16
+HUGE_PAGES_FROM = 1 << 22  # bytes of codes
 
 
 def form_of(layout: Layout) -> list[int]:
@@ -285,3 +286,17 @@ def cache_weights(model: nn.Module, enabled: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, PackedMatrix):
             module.cache_weights(enabled)
+
+
+def use_huge_pages(model: nn.Module) -> None:
+    """Have the codes of large matrices on huge pages where the CPU's kernels read them; no value depends on it.
+
+    Args:
+        model: any module tree.
+    """
+    library = packed_native.load().library
+    for module in model.modules():
+        if isinstance(module, PackedMatrix) and library is not None:
+            codes = module.get_buffer("codes")
+            if codes.device.type == "cpu" and codes.numel() >= HUGE_PAGES_FROM:
+                library.ask_for_huge_pages(codes)

@@ -14,6 +14,7 @@ from torch import nn
 from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.formats.layout import PARTS
 from bitfloor.formats.native import encode, layout
+from bitfloor.ops import packed_native
 from bitfloor.ops.backend import reference
 from bitfloor.ops.reference import packed_linear
 from bitfloor.runtime.linear import (
@@ -23,6 +24,7 @@ from bitfloor.runtime.linear import (
     TiedHead,
     cache_weights,
     convert_embedding,
+    use_huge_pages,
 )
 
 
@@ -161,6 +163,21 @@ def test_an_embedding_looks_rows_up_and_its_head_shares_the_matrix() -> None:
     copied = copy.deepcopy(model)
     assert copied["head"]._source[0] is copied["embedding"]
     assert copied.to(torch.bfloat16)["head"](x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_huge_pages_change_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = rtn(torch.randn(4096, 2048, generator=torch.Generator().manual_seed(0)), 8, 128)
+    module = _linear(weight, bias=False)
+    before, x = module.codes.clone(), torch.randn(1, 2048, generator=torch.Generator().manual_seed(1))
+    y = module(x)
+    asked: list[int] = []
+    library = packed_native.load().library
+    if library is not None:
+        ask = library.ask_for_huge_pages
+        monkeypatch.setattr(library, "ask_for_huge_pages", lambda codes: asked.append(codes.numel()) or ask(codes))
+    use_huge_pages(nn.ModuleList([module, _linear(_weight())]))
+    assert torch.equal(module.codes, before) and torch.equal(module(x), y)
+    assert asked == ([before.numel()] if library is not None else [])
 
 
 class _ScaledWordEmbedding(nn.Embedding):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -127,6 +128,21 @@ def test_no_value_depends_on_threads(threads: int, level: str, monkeypatch: pyte
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for _ in range(20):
         assert all(torch.equal(one, other) for one, other in zip(results(), alone, strict=True))
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    given_parts = [stored(matrix(900, [(1100, bits)], group_size=64, seed=bits)) for bits in (2, 3, 4)]
+    x = inputs(1, 1100)
+
+    def work(index: int) -> Tensor:
+        parts, form = given_parts[index % 3]
+        return packed.linear(x, parts, None, form, (FLOAT, INT8)[index % 2])
+
+    wanted = [work(index) for index in range(6)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(work, range(240)))
+    assert all(torch.equal(y, wanted[index % 6]) for index, y in enumerate(found))
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

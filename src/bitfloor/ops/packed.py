@@ -93,11 +93,18 @@ def _kernels(*tensors: Tensor) -> PackedLibrary | None:
     return packed_native.load().library
 
 
+def _as_given(x: Tensor) -> torch.autocast:
+    """Torch's own products do not follow autocast here: results have the type of ``x``, whoever computes."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 # -- the definition, everywhere ---------------------------------------------------------------------------------------
 
 
 def _linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, form: Sequence[int], activations: str) -> Tensor:
-    return packed_reference.linear(x, parts, bias, _checked(x, "I", parts, form, bias, activations), activations)
+    checked = _checked(x, "I", parts, form, bias, activations)
+    with _as_given(x):
+        return packed_reference.linear(x, parts, bias, checked, activations)
 
 
 def _embedding(ids: Tensor, parts: Sequence[Tensor], form: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -112,11 +119,14 @@ def _product(
     stored: Tensor, parts: Sequence[Tensor], bias: Tensor | None, form: Sequence[int], activations: str
 ) -> Tensor:
     checked = _checked(stored, "padded", parts, form, bias, activations)
-    return packed_reference.product(stored.float(), parts, bias, checked, activations)
+    with _as_given(stored):
+        return packed_reference.product(stored.float(), parts, bias, checked, activations)
 
 
 def _gradient(grad: Tensor, parts: Sequence[Tensor], form: Sequence[int]) -> Tensor:
-    return packed_reference.input_gradient(grad, parts, _checked(grad, "O", parts, form))
+    checked = _checked(grad, "O", parts, form)
+    with _as_given(grad):
+        return packed_reference.input_gradient(grad, parts, checked)
 
 
 # -- the CPU ----------------------------------------------------------------------------------------------------------
@@ -127,11 +137,12 @@ def _linear_cpu(
 ) -> Tensor:
     checked = _checked(x, "I", parts, form, bias, activations)
     library = _kernels(x)
-    if library is None:
-        return packed_reference.linear(x, parts, bias, checked, activations)
-    if activations == INT8 or x.numel() <= MOST_ROWS * x.shape[-1]:
+    if library is not None and (activations == INT8 or x.numel() <= MOST_ROWS * x.shape[-1]):
         return library.linear(x, parts, bias, checked, activations == INT8)
-    return _by_panels(library, x, parts, bias, checked)
+    with _as_given(x):
+        if library is None:
+            return packed_reference.linear(x, parts, bias, checked, activations)
+        return _by_panels(library, x, parts, bias, checked)
 
 
 def _by_panels(library: PackedLibrary, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, form: Form) -> Tensor:
@@ -151,8 +162,6 @@ def _embedding_cpu(ids: Tensor, parts: Sequence[Tensor], form: Sequence[int], dt
     library = _kernels()
     if library is None:
         return packed_reference.embedding(ids, parts, checked, dtype)
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < checked.shape[0]:
-        raise IndexError(f"row {int(ids.min())} or {int(ids.max())} is not one of the {checked.shape[0]} rows.")
     rows = library.rows(parts, checked, ids=ids.reshape(-1))
     channels = checked.named(parts).get("channels")
     rows = restored(rotate(rows, checked.rotation), None if channels is None else channels.to(torch.int64))
@@ -171,7 +180,7 @@ def _product_cpu(
     checked = _checked(stored, "padded", parts, form, bias, activations)
     library = _kernels(stored)
     if library is None:
-        return packed_reference.product(stored.float(), parts, bias, checked, activations)
+        return _product(stored, parts, bias, form, activations)
     return library.product(stored.float(), parts, bias, checked, activations == INT8)
 
 
@@ -179,10 +188,12 @@ def _gradient_cpu(grad: Tensor, parts: Sequence[Tensor], form: Sequence[int]) ->
     checked = _checked(grad, "O", parts, form)
     library = _kernels()
     if library is None:
-        return packed_reference.input_gradient(grad, parts, checked)
+        return _gradient(grad, parts, form)
     found = grad.new_zeros(*grad.shape[:-1], checked.shape[1])
-    for start, stop in reference.panels(*checked.shape, grad.device):
-        found += grad[..., start:stop] @ library.rows(parts, checked, first=start, count=stop - start).to(grad.dtype)
+    with _as_given(grad):
+        for start, stop in reference.panels(*checked.shape, grad.device):
+            weight = library.rows(parts, checked, first=start, count=stop - start)
+            found += grad[..., start:stop] @ weight.to(grad.dtype)
     channels = checked.named(parts).get("channels")
     return restored(rotate(found, checked.rotation), None if channels is None else channels.to(torch.int64))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -39,10 +40,11 @@ SIGNATURES = {
     "bitfloor_packed_linear": (*(POINTER,) * 3, INTEGER, POINTER, POINTER, *(INTEGER,) * 4),
     "bitfloor_packed_rows": (*(POINTER,) * 3, INTEGER, INTEGER, POINTER, INTEGER, INTEGER),
 }
+NO_SUCH_ROW = 3
 REASONS = {
     1: "the plan of the matrix is damaged",
     2: "its order names channels that it does not have, or another number of them; copy the checkpoint again",
-    3: "a row was asked for that it does not have",
+    NO_SUCH_ROW: "a row was asked for that the packed matrix does not have",
     4: "there is no memory for its work space",
     5: "the call makes no sense",
 }
@@ -190,6 +192,8 @@ def load(folder: Path = FOLDER) -> Loaded:
     Raises:
         InputError: ``BITFLOOR_CPU`` names no instruction set.
     """
+    if sys.byteorder == "big":
+        return Loaded(None, "it reads codes on little-endian processors only")
     paths = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_packed{suffix}").is_file()]
     if not paths:
         return Loaded(None, "it was not built; install bitfloor where there is a C++ compiler")
@@ -216,5 +220,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _done(reason: int) -> None:
+    if reason == NO_SUCH_ROW:
+        raise IndexError(f"{REASONS[reason]}.")
     if reason:
         raise BitfloorError(f"A packed matrix could not be used: {REASONS[reason]}.")

@@ -32,6 +32,7 @@ START = ("method.steps=0", "method.choose=true")
 FIXED = "method.choose=false"
 SIGN = ("method.optimizer=sign", "method.rate=0.005", "method.choose=true")
 # Name, preset, overrides; {bits} is filled in.
+WITH_ZERO = "spec.centred=0"
 VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("round to nearest, min-max", "rtn-minmax-w{bits}g64", ()),
     ("round to nearest, searched", "rtn-w{bits}g64", ()),
@@ -43,6 +44,7 @@ VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("start, not rotated", OWN, (*START, "spec.rotation=0")),
     ("start, rotated in blocks of 16", OWN, (*START, "spec.rotation=16")),
     ("start, rotated in blocks of 512", OWN, (*START, "spec.rotation=512")),
+    ("start, zero among the levels", OWN, (*START, WITH_ZERO)),
     ("start, no correction", OWN, (*START, FIXED, "method.correction=0")),
     ("start, full correction", OWN, (*START, FIXED, "method.correction=1")),
     ("start, one pass a block", OWN, (*START, "method.sequential=false")),
@@ -52,7 +54,8 @@ VARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("100 steps", OWN, ADAM),
     ("100 steps, not rotated", OWN, (*ADAM, "spec.rotation=0")),
     ("100 steps, nothing suppressed", OWN, (*ADAM, "method.suppress=0")),
-    ("100 steps, zero-points too", OWN, (*ADAM, "method.zero_share=16")),
+    ("100 steps, zero among the levels", OWN, (*ADAM, WITH_ZERO)),
+    ("100 steps, zero-points too", OWN, (*ADAM, WITH_ZERO, "method.zero_share=16")),
     ("100 steps, half as large", OWN, (*ADAM, "method.rate=0.00125")),
     ("100 steps, twice as large", OWN, (*ADAM, "method.rate=0.005")),
     ("100 steps, four times as large", OWN, (*ADAM, "method.rate=0.01")),

@@ -166,12 +166,20 @@ def search_gain(ours: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+WITH_ZERO = "+spec.centred-0"
 # What widths by group are worth: a recipe with them, and the one that they are measured against.
 MIXED = (
     ("slim-llm-w{b}g64", "slim-llm-w{b}g64+allocation-null"),
     ("slim-tuned-w{b}g64", "bitfloor-w{b}g64"),
     ("bitfloor-w{b}g64+allocation.policy-budget+allocation.sequences-32+allocation.sort-true", "bitfloor-w{b}g64"),
     ("bitfloor-mixed-w{b}g64+embedding8", "bitfloor-w{b}g64+embedding8"),
+    # And both sides with zero among the levels, the head rounded to nearest.
+    (f"slim-tuned-w{{b}}g64{WITH_ZERO}", f"bitfloor-w{{b}}g64{WITH_ZERO}"),
+    (
+        f"bitfloor-mixed-w{{b}}g64+embedding8{WITH_ZERO}+head.rounding-nearest",
+        f"bitfloor-w{{b}}g64+embedding8{WITH_ZERO}",
+    ),
+    ("bitfloor-w{b}g64", f"bitfloor-w{{b}}g64{WITH_ZERO}"),
 )
 
 

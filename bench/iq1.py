@@ -38,6 +38,9 @@ VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("PTQ1.61, start, mask by gain", ("method.steps=0", "method.score=gain")),
     ("PTQ1.61, start, mask by gain, searched range", ("method.steps=0", *GAIN)),
 )
+OWN = "bitfloor-1.61"
+OWN_LABEL = "bitfloor, {bits} stored bits, GPTQ"
+BUDGETS = (1.5625, 1.61, 1.75)  # what IQ1_S takes, what the preset does, what IQ1_M takes
 LEARNED = "PTQ1.61, mask by gain, searched range, {steps} steps"
 TYPES = ("IQ1_S", "IQ1_M")
 SEQUENCES, UNSEEN, SEQLEN, BATCH = 128, 32, 256, 4
@@ -167,6 +170,47 @@ def ours(source: Any, runner: Any, name: str, streams: tuple[list[Any], list[Any
     return made
 
 
+def by_budget(source: Any, runner: Any, name: str, xs: Sequence[Any]) -> list[Any]:
+    """The matrix by the storage and the start of bitfloor-1.61, its own bits for a budget: no learning.
+
+    Outputs count alike, and its inputs are the float model's, as for the others.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from bitfloor.calib.stats import HessianSum
+    from bitfloor.core.affine import decode, pack
+    from bitfloor.core.basis import Basis, by_size
+    from bitfloor.core.packed import nbytes
+    from bitfloor.methods.gptq import Shown, solve
+    from bitfloor.pipeline.budget import item_of, search_of
+    from bitfloor.pipeline.choice import within_budget
+    from bitfloor.pipeline.survey import Stakes
+    from bitfloor.recipe.job import make_job
+    from bitfloor.recipe.load import load_recipe
+
+    job = make_job(load_recipe(OWN, []), source)
+    ref, weight = runner.ref(name), runner.weight(name).clone()
+    total = HessianSum(weight.shape[1], weight.device)
+    runner.observe(xs, lambda _, x: total.add(x), [name])
+    spec = job.decide(name)[0]
+    basis = Basis(by_size(total.total.diagonal()), spec.rotation)
+    spec = replace(spec, channels=basis.channels)
+    hessian, search, made = basis.both(total.total), search_of(job), []
+    stakes = Stakes(torch.ones(weight.shape[0]), hessian / total.rows, total.rows, basis)
+    for bits in BUDGETS:
+        began = time.process_time()
+        item = item_of(ref, spec, weight, stakes, replace(job.allocation, stored=bits), search)
+        plan = item.options[int(within_budget([item], [item.costs()]).choice[0])]
+        config = replace(search, sweeps=job.method.config.start.sweeps)
+        solved, _ = solve(basis.to(weight), Shown(hessian, None, total.rows), replace(spec, widths=plan), config)
+        parts = {part: size for part, size in nbytes(pack(solved.codes, solved.grid, basis)).items() if size}
+        dense = basis.back(decode(solved.codes, solved.grid))
+        made.append((OWN_LABEL.format(bits=bits), dense, sum(parts.values()), parts, time.process_time() - began))
+    return made
+
+
 def lead(args: argparse.Namespace) -> list[Matrix]:
     """Lead the text through the float model, and stop at every block that was asked for."""
     import torch
@@ -191,6 +235,8 @@ def lead(args: argparse.Namespace) -> list[Matrix]:
             moments, products = look(runner, name, xs, texts)
             count = len(texts["calibration"])
             made = ours(source, runner, name, (xs[:count], outputs[:count]), args.steps)
+            with torch.no_grad():
+                made += by_budget(source, runner, name, xs[:count])
             found.append(Matrix(name, runner.weight(name).clone(), moments, products, made))
             say(name)
         xs = outputs
@@ -268,7 +314,8 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     # The variants change what this recipe says; what none of them names is its own.
     recipe = {"preset": PRESET, "overrides": [], "calibration": None, "sha256": record.recipe_sha256(PRESET)}
-    head = {**record.header(record.quality(PRESET)), "recipe": recipe}
+    parts = dict.fromkeys((*record.quality(PRESET), *record.parts_of(OWN)))
+    head = {**record.header(tuple(parts)), "recipe": recipe}
     matrices = lead(args)
     versions = add_peer(matrices, args)
     for folder in args.checkpoint:

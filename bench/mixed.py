@@ -25,6 +25,13 @@ MIXED = (
     ),
     ("bitfloor, embedding at 8 bits", "bitfloor-w{b}g64+embedding8"),
     ("bitfloor-mixed (budget with embedding, sorted)", "bitfloor-mixed-w{b}g64+embedding8"),
+    ("bitfloor, zero among the levels", "bitfloor-w{b}g64+spec.centred-0"),
+    ("slim-tuned, zero among the levels", "slim-tuned-w{b}g64+spec.centred-0"),
+    ("bitfloor, embedding at 8 bits, zero among the levels", "bitfloor-w{b}g64+embedding8+spec.centred-0"),
+    (
+        "bitfloor-mixed, zero among the levels, head to nearest",
+        "bitfloor-mixed-w{b}g64+embedding8+spec.centred-0+head.rounding-nearest",
+    ),
 )
 
 

@@ -48,6 +48,14 @@ METHOD_FOLDERS = ("methods/", "solvers/", "ops/")
 UNCOUNTED = ("methods/options.py", "methods/table.py")
 # The last stage, where a recipe has one.
 TUNING = ("pipeline/tune.py", "pipeline/student.py", "solvers/scales.py", "solvers/adamw.py")
+# A fine-tune between two quantizations.
+RESTORING = (
+    "pipeline/lessons.py",
+    "pipeline/restore.py",
+    "pipeline/restored.py",
+    "pipeline/student.py",
+    "modeling/adapters.py",
+)
 # Finding widths by group, where a recipe does; their solvers are those that these import.
 ALLOCATING = (
     "methods/allocation.py",
@@ -170,7 +178,8 @@ def parts_of(preset: str, overrides: Iterable[str] = ()) -> tuple[str, ...]:
 
     recipe = load_recipe(preset, list(overrides))
     parts = quality(recipe.method.name)
-    more = (() if recipe.tune is None else TUNING) + (() if recipe.allocation is None else (*ALLOCATING, *ALLOCATORS))
+    more = () if recipe.restore is None else (*RESTORING, "solvers/adamw.py")
+    more += (() if recipe.tune is None else TUNING) + (() if recipe.allocation is None else (*ALLOCATING, *ALLOCATORS))
     more += HEAD if recipe.head.rounding == "gptq" else ()
     return tuple(dict.fromkeys((*parts, *more)))
 

@@ -4,6 +4,8 @@
 // zero; ops/native.py calls it. The loops take matrices column by column: [columns, rows], rows contiguous. Rows first to
 // last - 1 are treated, so that callers can share rows between threads; no value depends on how they do.
 
+#include <cmath>
+
 #include "common.h"
 
 static const int64_t STRIP = 64;  // rows treated at once: a strip of a block of columns stays in the nearest cache
@@ -83,11 +85,12 @@ static const int64_t PIECE = 256;  // columns whose terms are kept at once; a mu
 INLINE float rounding_error(const float* __restrict weight, const float* __restrict importance, float scale, float zero,
                             float top, int64_t columns) {
     float lanes[LANES] = {0.0f}, terms[PIECE];
+    const float whole = std::floor(zero), part = zero - whole;
     for (int64_t at = 0; at < columns; at += PIECE) {
         const int64_t count = columns - at < PIECE ? columns - at : PIECE;
         for (int64_t j = 0; j < count; ++j) {
             const float w = weight[at + j];
-            const float code = clamped(rounded(w / scale) + zero, top) - zero;
+            const float code = clamped(rounded(w / scale + part) + whole, top) - zero;
             const float product = code * scale;
             const float off = w - product;
             const float square = off * off;
@@ -101,11 +104,12 @@ INLINE float rounding_error(const float* __restrict weight, const float* __restr
 INLINE void fit_sums(const float* __restrict weight, const float* __restrict importance, float scale, float zero,
                      float top, int64_t columns, float* above, float* below) {
     float over[LANES] = {0.0f}, under[LANES] = {0.0f}, a[PIECE], b[PIECE];
+    const float whole = std::floor(zero), part = zero - whole;
     for (int64_t at = 0; at < columns; at += PIECE) {
         const int64_t count = columns - at < PIECE ? columns - at : PIECE;
         for (int64_t j = 0; j < count; ++j) {
             const float w = weight[at + j], h = importance[at + j];
-            const float code = clamped(rounded(w / scale) + zero, top) - zero;
+            const float code = clamped(rounded(w / scale + part) + whole, top) - zero;
             const float hw = h * w, square = code * code;
             a[j] = hw * code;
             b[j] = h * square;

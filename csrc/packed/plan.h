@@ -17,7 +17,7 @@ enum ZeroForm { PACKED = 0, OFFSET = 1, CONSTANT = 2 };
 enum ScaleType { HALF = 0, BFLOAT = 1 };
 
 struct Segment {
-    int64_t columns, bits, group_size, zero_form, constant, scaled;  // as given
+    int64_t columns, bits, group_size, zero_form, constant, scaled;  // as given; the constant in halves
     int64_t tiles, groups;
     int64_t group_tiles;   // tiles of a group; 0 where groups do not end with tiles
     int64_t block;         // columns that share a scale of the int8 activations

@@ -44,7 +44,7 @@ struct Product {
             return V::fma(V::set(added), scale,
                           numbers(plan, job.parts.offset + (rb * plan.offset_groups + s.at_offset + group) * ROWS));
         const F zero = s.zero_form == CONSTANT
-                           ? V::set((float)s.constant)
+                           ? V::set(0.5f * (float)s.constant)
                            : V::template zeros<B>(job.parts.zero + rb * plan.zero_bytes + s.at_zero + group * 2 * B);
         return V::fma(V::sub(V::set(added), zero), scale, V::zero());
     }

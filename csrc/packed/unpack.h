@@ -20,7 +20,7 @@ inline Affine affine(const Dense& dense, const Segment& s, int64_t rb, int64_t r
     const float scale = number(dense.parts.scale[(rb * plan.groups + s.at_group + group) * ROWS + r]);
     if (s.zero_form == OFFSET)
         return {scale, number(dense.parts.offset[(rb * plan.offset_groups + s.at_offset + group) * ROWS + r])};
-    float zero = (float)s.constant;
+    float zero = 0.5f * (float)s.constant;
     if (s.zero_form == PACKED)
         zero = (float)stream_zero(dense.parts.zero + rb * plan.zero_bytes + s.at_zero + group * 2 * s.bits, s.bits, r);
     return {scale, -zero * scale};

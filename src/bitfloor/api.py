@@ -16,7 +16,7 @@ from torch import Tensor
 from bitfloor.core.bit_plan import BitPlan
 from bitfloor.core.errors import InputError
 from bitfloor.data.sources import load_text
-from bitfloor.data.tokenize import calibration_batches, token_sha256
+from bitfloor.data.tokenize import calibration_batches
 from bitfloor.environment import environment as environment
 from bitfloor.evaluation.generate import generate_text
 from bitfloor.evaluation.limits import context_length
@@ -26,8 +26,9 @@ from bitfloor.pipeline.allocator import steady_allocation
 from bitfloor.pipeline.events import Progress, silent
 from bitfloor.pipeline.export import export_dense
 from bitfloor.pipeline.job import Job
+from bitfloor.pipeline.lessons import make_lessons, restore_config
 from bitfloor.pipeline.plan import check_memory, make_plan
-from bitfloor.pipeline.quantize import quantize_model
+from bitfloor.pipeline.quantize import Text, quantize_model
 from bitfloor.pipeline.run import RunOptions
 from bitfloor.pipeline.tune import reads_text
 from bitfloor.recipe.job import make_job
@@ -85,11 +86,10 @@ def quantize(
     job = make_job(checked, source, device)
     check_calibration(checked, job, source, calibration)
     planned = make_plan(source, job, _plan_data(checked, job), device=device, spill=spill is not None)
-    check_memory(planned, tunes=checked.tune is not None)
-    batches = _batches(checked, job, source)
-    data = token_sha256(batches) if batches else "none"
+    check_memory(planned, whole=stages_of_all_blocks(checked))
+    text = read_texts(checked, job, source)
     options = RunOptions(device, None if spill is None else Path(spill), progress or silent)
-    return quantize_model(source, job, batches, data, Path(out), options=options, resume=resume)
+    return quantize_model(source, job, text, Path(out), options=options, resume=resume)
 
 
 def allocate(
@@ -125,8 +125,7 @@ def allocate(
     check_calibration(checked, job, source, calibration)
     check_memory(make_plan(source, job, _plan_data(checked, job), device=device, spill=False))
     batches = _batches(checked, job, source)
-    data = token_sha256(batches) if batches else "none"
-    return make_bit_plan(source, job, batches, data, Path(out), RunOptions(device, None, progress or silent))
+    return make_bit_plan(source, job, batches, Path(out), RunOptions(device, None, progress or silent))
 
 
 def plan(
@@ -154,7 +153,7 @@ def plan(
     check_calibration(checked, job, source, calibration)
     planned = make_plan(source, job, _plan_data(checked, job), device=device, spill=spill)
     result = {"model": _short(model), "recipe": checked.name, **planned}
-    check_memory(planned, tunes=checked.tune is not None)
+    check_memory(planned, whole=stages_of_all_blocks(checked))
     return result
 
 
@@ -288,6 +287,27 @@ def _batches(recipe: Recipe, job: Job, source: SourceModel) -> list[Tensor]:
     )
 
 
+def stages_of_all_blocks(recipe: Recipe) -> list[str]:
+    """Keys of the recipe's stages that hold all blocks at once."""
+    return [key for key in ("restore", "tune") if getattr(recipe, key) is not None]
+
+
+def read_texts(recipe: Recipe, job: Job, source: SourceModel) -> Text:
+    """All tokens that a run reads.
+
+    Raises:
+        InputError: a text that cannot be read, or is too short.
+    """
+    batches = _batches(recipe, job, source)
+    config = restore_config(job)
+    if config is None:
+        return Text(batches)
+    part = recipe.calibration
+    read = load_text(config.text or part.text, "calibration")
+    pack = {"documents": False, "packed": True, "auto": None}[part.mode]
+    return Text(batches, make_lessons(config, source.tokenizer(), read, batches, min_chars=part.min_chars, pack=pack))
+
+
 def check_calibration(recipe: Recipe, job: Job, source: SourceModel, calibration: str | None) -> None:
     """Refuse a calibration text that would be ignored, and sequences that the model cannot read.
 
@@ -307,10 +327,14 @@ def check_calibration(recipe: Recipe, job: Job, source: SourceModel, calibration
             f"calibration.seqlen = {recipe.calibration.seqlen:,} is longer than this model's context of "
             f"{longest:,} tokens; use at most that."
         )
-    if calibration is not None and not reads:
+    if recipe.restore is not None and longest is not None and recipe.restore.seqlen > longest:
         raise InputError(
-            f"the calibration text {calibration!r} would not be read: {recipe.name} needs none; leave it out."
+            f"restore.seqlen = {recipe.restore.seqlen:,} is longer than this model's context of "
+            f"{longest:,} tokens; use at most that."
         )
+    if calibration is not None and not reads and (recipe.restore is None or recipe.restore.text is not None):
+        why = "needs none" if recipe.restore is None else "calibrates on none, and restore.text is another"
+        raise InputError(f"the calibration text {calibration!r} would not be read: {recipe.name} {why}; leave it out.")
 
 
 def check_device(device: str) -> None:

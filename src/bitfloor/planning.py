@@ -17,13 +17,11 @@ from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.budget import check_budget, plan_by_budget
 from bitfloor.pipeline.folder import PLAN_FILE
 from bitfloor.pipeline.job import Job, assign
-from bitfloor.pipeline.quantize import quantize_model
+from bitfloor.pipeline.quantize import Text, quantize_model
 from bitfloor.pipeline.run import RunOptions
 
 
-def make_bit_plan(
-    source: SourceModel, job: Job, batches: Sequence[Tensor], data: str, out: Path, options: RunOptions
-) -> BitPlan:
+def make_bit_plan(source: SourceModel, job: Job, batches: Sequence[Tensor], out: Path, options: RunOptions) -> BitPlan:
     """Write a bit plan.
 
     A budget needs a survey of the float model. SBA looks at each block with those before it quantized, so the whole
@@ -33,7 +31,6 @@ def make_bit_plan(
         source: the float model.
         job: with an allocation.
         batches: calibration tokens.
-        data: their hash.
         out: the file to be written.
         options: how to carry it out.
 
@@ -48,6 +45,11 @@ def make_bit_plan(
         )
     if job.plan is not None:
         raise InputError("the recipe replays a plan (allocation.plan); leave it out to make one.")
+    if job.recipe.get("restore"):
+        raise InputError(
+            "the recipe restores the model before it finds the widths that count, so they fit that model alone, which "
+            "only a whole run makes; leave the stage out with restore=null."
+        )
     if out.is_dir():
         raise InputError(f"{out} is a folder; give a file for the plan.")
     if not out.parent.is_dir():
@@ -65,7 +67,7 @@ def make_bit_plan(
         else:
             # Widths are found before anything is tuned.
             untuned = replace(job, recipe={**job.recipe, "tune": None})
-            quantize_model(source, untuned, batches, data, scratch, options=options)
+            quantize_model(source, untuned, Text(batches), scratch, options=options)
             plan = read_plan(scratch / PLAN_FILE)
         with atomic_file(out) as file:
             file.write(plan.to_json().encode())

@@ -51,7 +51,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "triton": ("ops/triton/",),
 }
 # Optional extras and conveniences: wherever they are needed, but in one file only.
-ONE_SITE = ("gguf", "pyarrow", "datasets", "accelerate", "huggingface_hub", "numpy")
+ONE_SITE = ("gguf", "pyarrow", "datasets", "accelerate", "huggingface_hub", "numpy", "peft")
 # These must start fast; what they need of torch they reach through the api, inside a command.
 WITHOUT_TORCH = ("cli/", "recipe/", "core/headers.py", "formats/layout.py", "formats/atomic.py", "_plugin.py")
 

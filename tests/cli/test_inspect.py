@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from cli.conftest import Folder, Run
 
-from bitfloor.cli.bits import CELL, COLOURS, GAP, widths_of
+from bitfloor.cli.bits import CELL, COLOURS, GAP, channel_widths, widths_of
 from bitfloor.cli.inspection import Layer
 from bitfloor.pipeline.timing import remember
 
-SCHEMA = {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "tuning", "layers"}
+SCHEMA = {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "tuning", "restoration", "layers"}
 LAYER = {"name", "shape", "segments", "rotation", "sorted", "bytes", "bits_per_weight", "block_error", "learning"}
 
 
@@ -148,3 +148,12 @@ def test_widths_of_whole_channels_count_by_columns() -> None:
 def test_bits_of_nothing(run: Run, folder: Folder, options: list[str], says: str) -> None:
     outcome = run("inspect", folder.path, *options)
     assert outcome.code == 2 and says in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_whole_channels_are_drawn_where_they_enter(tmp_path: Path) -> None:
+    """The golden matrices with an order of single channels: four bits for those that it names first."""
+    golden = Path(__file__).parents[1] / "golden" / "v0"
+    found = channel_widths(golden)
+    assert set(found) == {"salient"}  # others have groups, leave channels out or name some twice
+    order = [(7 * p + 3) % 45 for p in range(45)]
+    assert found["salient"] == tuple(4 if order.index(channel) < 9 else 1 for channel in range(45))

@@ -117,7 +117,8 @@ def make_matrix(numbers: Numbers, layout: dict[str, Any]) -> tuple[dict[str, byt
                 if segment["offset"]:
                     shift = value_of(offset[r][k], dtype)
                 else:
-                    shift = f32(-f32(zeros[r][k] if segment["zero"] == "packed" else segment["zero"]) * s)
+                    named = {"packed": zeros[r][k], "centre": (2**bits - 1) / 2}
+                    shift = f32(-f32(named.get(segment["zero"], segment["zero"])) * s)
                 weight = f32(f32(f32(codes[r][c]) * s) + shift)
                 if segment["channel_scale"]:
                     weight = f32(weight * value_of(channel[c], dtype))
@@ -178,7 +179,7 @@ def rotation_matrix(inputs: int, size: int) -> np.ndarray:
 def segment(
     columns: int, bits: int, size: int, zero: str | int | None = "packed", channel: bool = False
 ) -> dict[str, Any]:
-    """One entry of ``segments``; ``zero`` is ``"packed"``, a constant, or ``"offset"``."""
+    """One entry of ``segments``; ``zero`` is ``"packed"``, ``"centre"``, a constant, or ``"offset"``."""
     offset = zero == "offset"
     return {
         "columns": columns,
@@ -216,6 +217,8 @@ MATRICES = {
     "rotated": {**matrix((6, 43), [segment(43, 3, 16)]), "rotation": 16},
     "sorted": {**matrix((6, 43), [segment(43, 3, 16)]), "channels": True},
     "sorted_rotated": {**matrix((3, 301), [segment(301, 2, 64)]), "rotation": 16, "channels": True},
+    "centred": matrix((5, 41), [segment(16, 1, 16, "centre"), segment(25, 2, 8, "centre")], "bfloat16"),
+    "centred_rotated": {**matrix((3, 40), [segment(24, 2, 8, "centre"), segment(16, 3, 8)]), "rotation": 8},
 }
 
 

@@ -31,14 +31,14 @@ def test_the_script_still_writes_the_committed_files(tmp_path: Path) -> None:
     module.main(tmp_path)
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (HERE / "v0" / name).read_bytes(), name
-    assert sum((HERE / "v0" / name).stat().st_size for name in FILES) < 60_000
+    assert sum((HERE / "v0" / name).stat().st_size for name in FILES) < 70_000
     assert "import bitfloor" not in (HERE / "make_golden.py").read_text()
 
 
 def test_every_weight_is_the_documented_one(golden: Checkpoint) -> None:
     tensors = open_tensors(HERE / "v0" / "model.safetensors")
     expected = open_tensors(HERE / "v0" / "expected.safetensors")
-    assert len(golden.native.matrices) == 14
+    assert len(golden.native.matrices) == 16
     for name in golden.native.matrices:
         weight = decode(name, golden.native.layout_of(name), tensors.__getitem__)
         if weight.rotation:  # sums, so the last bits are free

@@ -96,7 +96,15 @@ def test_the_report_says_what_was_done(quantized: Folder) -> None:
 def test_inspect_prints_the_documented_document(quantized: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(quantized("gptq", 3)), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "tuning", "layers"}
+    assert set(found) == {
+        "recipe",
+        "bits_per_linear_weight",
+        "bits_per_parameter",
+        "bytes",
+        "tuning",
+        "restoration",
+        "layers",
+    }
     assert set(found["bytes"]) == {"total", "linears", "embeddings", "other"}
     keys = {"name", "shape", "segments", "rotation", "sorted", "bytes", "bits_per_weight", "block_error", "learning"}
     assert all(set(layer) == keys and layer["block_error"] > 0 for layer in found["layers"])

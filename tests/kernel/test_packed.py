@@ -89,7 +89,7 @@ def test_every_width_shape_and_group(bits: int, shape: tuple[int, int], level: s
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("group_size", [7, 16, 32, 96, 0])
 def test_every_zero_and_uneven_groups(bits: int, group_size: int, level: str) -> None:
-    for zero in ("packed", "offset", 0, 3, -2, 200):
+    for zero in ("packed", "centre", "offset", 0, 3, -2, 200):
         check(matrix(33, [(150, bits)], group_size=group_size, zero=zero, seed=bits), rows=3, tight=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_what_is_no_number_stays_none(value: float, level: str) -> None:
 
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("order", [0, 1, 32])
-@pytest.mark.parametrize("zero", ["packed", "offset", -300])
+@pytest.mark.parametrize("zero", ["packed", "centre", "offset", -300])
 def test_dense_rows_have_the_bits_of_the_definition(bits: int, order: int, zero: str | int, level: str) -> None:
     weight = matrix(50, [(90, bits), (70, 4)], group_size=24, zero=zero, order=order, channel_scale=order == 1)
     parts, form = stored(weight)

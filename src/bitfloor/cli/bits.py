@@ -14,6 +14,7 @@ from bitfloor.cli.inspection import REPORT, Inspection, Layer
 from bitfloor.core.bit_plan import BitPlan, read_plan
 from bitfloor.core.errors import InputError
 from bitfloor.formats.atomic import atomic_file, read_json
+from bitfloor.formats.checkpoint import read_checkpoint
 
 PLAN = "plan.json"
 # From one bit to eight: a scale from light to dark that also reads in grey.
@@ -43,6 +44,38 @@ def widths_of(layer: Layer, plan: BitPlan | None) -> tuple[int, ...]:
     for segment in layer.segments:
         found += [segment["bits"]] * -(-segment["columns"] // size)
     return tuple(found)
+
+
+def channel_widths(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Width of every input channel, by matrix, where whole channels have a width of their own and so an order.
+
+    Of a matrix that uses the order of another, which has the same widths, there are none.
+
+    Raises:
+        InputError: a damaged folder.
+    """
+    checkpoint = read_checkpoint(folder)
+    found: dict[str, tuple[int, ...]] = {}
+    for name, index in checkpoint.native.matrices.items():
+        layout = checkpoint.native.layouts[index]
+        order, columns = layout["order"], layout["shape"][1]
+        if order is None or order["unit"] != 1 or order["count"] != columns or len(layout["segments"]) < 2:
+            continue
+        if name in checkpoint.native.orders:
+            found[name] = ()
+            continue
+        path, entry = checkpoint.tensors[f"{name}.order"]
+        with path.open("rb") as file:
+            file.seek(entry.start)
+            data = file.read(entry.nbytes)
+        size = entry.nbytes // columns
+        channels = [int.from_bytes(data[at : at + size], "little") for at in range(0, len(data), size)]
+        if sorted(channels) != list(range(columns)):
+            raise InputError(f"{name}.order is no order of its {columns} input channels; copy the folder again.")
+        stored = [part["bits"] for part in layout["segments"] for _ in range(part["columns"])]
+        widths = dict(zip(channels, stored, strict=True))
+        found[name] = tuple(widths[channel] for channel in range(columns))
+    return found
 
 
 def plan_in(folder: Path) -> BitPlan | None:
@@ -95,42 +128,47 @@ def linears(found: Inspection) -> list[Layer]:
     return layers
 
 
-def draw(found: Inspection, plan: BitPlan | None, path: Path) -> None:
+def draw(found: Inspection, plan: BitPlan | None, path: Path, channels: Mapping[str, tuple[int, ...]]) -> None:
     """Write the bit map as a PNG: a row for each block, a strip for each of its matrices, a cell for each group.
 
     Args:
         found: the folder.
         plan: of the folder.
         path: the file.
+        channels: of matrices whose channels have a width each (:func:`channel_widths`); these get a line a channel, and
+            those with the order of another no strip of their own.
 
     Raises:
         InputError: the file cannot be written, or is not a PNG by name.
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"{path} does not end in .png; the picture is a PNG.")
-    blocks: dict[int, dict[str, tuple[int, ...]]] = {}
+    blocks: dict[int, dict[str, Sequence[int]]] = {}
     for layer in linears(found):
         depth, _ = place(layer.name)
         # Experts have their number in the name and get a strip each.
         own = re.sub(r"^.*?\.\d+\.", "", layer.name)
-        blocks.setdefault(depth, {})[own] = widths_of(layer, plan)
+        lines = channels.get(layer.name)
+        if lines == ():
+            continue
+        cells = [width for width in widths_of(layer, plan) for _ in range(CELL)] if lines is None else lines
+        blocks.setdefault(depth, {})[own] = cells
     kinds: dict[str, int] = {}
     for strips in blocks.values():
-        for kind, widths in strips.items():
-            kinds[kind] = max(kinds.get(kind, 0), len(widths))
+        for kind, lines in strips.items():
+            kinds[kind] = max(kinds.get(kind, 0), len(lines))
     rows = [_row(blocks[depth], kinds) for depth in sorted(blocks)]
     with atomic_file(path) as file:
         file.write(png([row for row in rows for _ in range(CELL)]))
 
 
 def _row(strips: Mapping[str, Sequence[int]], kinds: Mapping[str, int]) -> bytes:
-    """One line of pixels of a block."""
+    """One line of pixels of a block; ``kinds`` says how many pixels each of its strips has."""
     line = bytearray()
     for kind, most in kinds.items():
         widths = strips.get(kind, ())
-        for group in range(most):
-            colour = COLOURS[widths[group]] if group < len(widths) else BACKGROUND
-            line += bytes(colour) * CELL
+        for at in range(most):
+            line += bytes(COLOURS[widths[at]] if at < len(widths) else BACKGROUND)
         line += bytes(BACKGROUND) * GAP
     return bytes(line)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from bitfloor.cli.bits import draw, histogram, legend, linears, plan_in, widths_of
+from bitfloor.cli.bits import channel_widths, draw, histogram, legend, linears, plan_in, widths_of
 from bitfloor.cli.console import display, in_bytes, in_short, in_time, pairs, print_json, print_note, table
 from bitfloor.cli.inspection import Inspection, Layer, inspect_folder
 from bitfloor.core.errors import InputError
@@ -50,19 +50,24 @@ def _show_bits(found: Inspection, folder: Path, image: Path | None) -> None:
         headings, *rows = histogram(found, plan, by_depth=by_depth)
         display(table(headings, rows))
     if image is not None:
-        draw(found, plan, image)
+        channels = channel_widths(folder)
+        draw(found, plan, image, channels)
         used = {width for layer in linears(found) for width in widths_of(layer, plan)}
-        print_note(f"\nwrote {image}: a row a block, a strip a matrix, a cell a group; {legend(used)}")
+        cell = "a line an input channel" if channels else "a cell a group"
+        print_note(f"\nwrote {image}: a row a block, a strip a matrix, {cell}; {legend(used)}")
 
 
 def summary(found: Inspection) -> Table:
     """The whole model in a few lines, as a renderable."""
     nbytes = found.nbytes
     linear = found.bits_per_linear_weight
-    tuned = []
+    learnt = []
+    if found.restoration is not None:
+        before, after = in_short(found.restoration["before"]), in_short(found.restoration["after"])
+        learnt.append(("restored", f"loss {before} to {after} between two quantizations"))
     if found.tuning is not None:
         before, after = in_short(found.tuning["before"]), in_short(found.tuning["after"])
-        tuned.append(("tuned", f"divergence {before} to {after}; errors of blocks are from before"))
+        learnt.append(("tuned", f"divergence {before} to {after}; errors of blocks are from before"))
     return pairs(
         [
             ("recipe", str(found.recipe.get("name", "unknown"))),
@@ -72,7 +77,7 @@ def summary(found: Inspection) -> Table:
             ("  linears", in_bytes(nbytes["linears"])),
             ("  embeddings", in_bytes(nbytes["embeddings"])),
             ("  other", in_bytes(nbytes["other"])),
-            *tuned,
+            *learnt,
         ],
     )
 

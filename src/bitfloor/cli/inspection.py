@@ -77,6 +77,7 @@ class Inspection:
         parameters: of the whole model, a tied matrix counted once.
         linear_weights: weights of the linears, kept ones included.
         tuning: divergence ``before`` and ``after``, and the ``step`` kept, of a tuned model; else None.
+        restoration: held-out loss ``before`` and ``after``, and the ``step`` kept, of a restored model; else None.
     """
 
     recipe: dict[str, Any]
@@ -85,6 +86,7 @@ class Inspection:
     parameters: int
     linear_weights: int
     tuning: Mapping[str, Any] | None = None
+    restoration: Mapping[str, Any] | None = None
 
     @property
     def bits_per_linear_weight(self) -> float | None:
@@ -106,7 +108,8 @@ class Inspection:
             "bits_per_linear_weight": self.bits_per_linear_weight,
             "bits_per_parameter": self.bits_per_parameter,
             "bytes": self.nbytes,
-            "tuning": None if self.tuning is None else {key: self.tuning[key] for key in ("before", "after", "step")},
+            "tuning": _course(self.tuning),
+            "restoration": _course(self.restoration),
             "layers": [
                 {
                     "name": layer.name,
@@ -122,6 +125,11 @@ class Inspection:
                 for layer in self.layers
             ],
         }
+
+
+def _course(stage: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How the learning of a stage went."""
+    return None if stage is None else {key: stage[key] for key in ("before", "after", "step")}
 
 
 def inspect_folder(folder: Path) -> Inspection:
@@ -187,7 +195,8 @@ def _totals(
             "the report is of another checkpoint, copy the folder again."
         )
     recipe = dict(config.recipe) | dict(report.get("recipe", {}))
-    return Inspection(recipe, tuple(layers), nbytes, sum(weights.values()), weights["linears"], report.get("tuning"))
+    stages = (report.get("tuning"), report.get("restoration"))
+    return Inspection(recipe, tuple(layers), nbytes, sum(weights.values()), weights["linears"], *stages)
 
 
 def _parts_of_kept(matrices: Iterable[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitfloor.core.basis import Basis
 from bitfloor.core.channels import unpack_order
-from bitfloor.core.packed import PackedWeight, Segment, expand_groups, pack_segment
+from bitfloor.core.packed import PackedWeight, Segment, centre, expand_groups, pack_segment
 
 # The smallest positive scale of each storage type: float16's smallest subnormal, and bfloat16's smallest normal number
 # (a reader that flushes subnormals to zero then still sees it).
@@ -29,7 +29,8 @@ class Grid:
 
     Args:
         scale: ``[O, G]`` float32, exactly representable in ``scale_dtype``; not zero, may be negative.
-        zero: ``[O, G]`` float32 holding integers in ``[0, 2^b - 1]``, or None where no group has one.
+        zero: ``[O, G]`` float32 holding integers in ``[0, 2^b - 1]``, or None where no group has one. All rows of a
+            group may have ``(2^b - 1) / 2`` instead, which is not stored: its levels are centred.
         offset: ``[O, G]`` float32, representable in ``scale_dtype``; the additive constant of groups without a
             zero-point, or None. Where both are given, one-bit groups have offsets and all others zero-points.
         bits: ``[G]`` int64 widths.
@@ -127,10 +128,14 @@ def pack(codes: Tensor, grid: Grid, basis: Basis | None = None) -> PackedWeight:
 def _segment(codes: Tensor, grid: Grid, groups: Tensor, bits: int, start: int) -> Segment:
     """The segment of some groups of one width."""
     by_zero = grid.zero is not None and (grid.offset is None or bits > 1)
-    zero: Tensor | int | None = None
+    zero: Tensor | float | None = None
     if by_zero:
         assert grid.zero is not None
-        zero = 1 << (bits - 1) if grid.constant_zero else grid.zero[:, groups].to(torch.uint8)
+        first = float(grid.zero[0, groups[0]])
+        if first == centre(bits):
+            zero = first
+        else:
+            zero = int(first) if grid.constant_zero else grid.zero[:, groups].to(torch.uint8)
     return pack_segment(
         codes,
         grid.scale[:, groups].to(grid.scale_dtype),

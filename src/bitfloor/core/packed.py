@@ -2,8 +2,9 @@
 
     w_hat[i, j] = (code[i, j] * scale[i, k] + offset[i, k]) * channel_scale[j]      float32, in this order, one cast
 
-``k`` is the group of stored column ``j``; the offset of a zero-point is ``-zero * scale``. With an integer zero-point
-below 256 and a 16-bit scale the first two operations are exact in float32, so every reader gets the same weights.
+``k`` is the group of stored column ``j``; the offset of a zero-point is ``-zero * scale``. With a zero-point below 256
+that is whole or half and a 16-bit scale the first two operations are exact in float32, so every reader gets the same
+weights.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Segment:
         group_size: columns per scale, positive; ``G = ceil(K / group_size)``, the last group may be short.
         codes: ``[ceil(O / 16), ceil(K / 32), 64 * bits]`` uint8, see :mod:`bitfloor.core.bitpack`.
         scale: ``[O, G]`` float16 or bfloat16; may be negative.
-        zero: ``[O, G]`` uint8 (stored at ``bits`` bits), one constant for the segment, or None.
+        zero: ``[O, G]`` uint8 (stored at ``bits`` bits), one constant for the segment (whole, or :func:`centre`), or
+            None.
         offset: ``[O, G]`` of the scale's dtype, or None. Exactly one of ``zero`` and ``offset`` is given.
         channel_scale: ``[K]`` of the scale's dtype, or None.
     """
@@ -40,7 +42,7 @@ class Segment:
     group_size: int
     codes: Tensor
     scale: Tensor
-    zero: Tensor | int | None = None
+    zero: Tensor | float | None = None
     offset: Tensor | None = None
     channel_scale: Tensor | None = None
 
@@ -84,7 +86,7 @@ def pack_segment(
     *,
     bits: int,
     group_size: int,
-    zero: Tensor | int | None = None,
+    zero: Tensor | float | None = None,
     offset: Tensor | None = None,
     channel_scale: Tensor | None = None,
     start: int = 0,
@@ -104,6 +106,11 @@ def pack_segment(
         offset=offset,
         channel_scale=channel_scale,
     )
+
+
+def centre(bits: int) -> float:
+    """The zero-point around which the levels of a width lie in pairs: ``(2^b - 1) / 2``."""
+    return ((1 << bits) - 1) / 2
 
 
 def expand_groups(values: Tensor, group_size: int, columns: int) -> Tensor:

@@ -35,6 +35,8 @@ class QuantSpec:
         widths: code width of every group, in order of columns, where they differ; empty where ``bits`` is that of all.
         channels: order of the input channels that groups are cut from, before they are rotated, as bytes
             (:mod:`bitfloor.core.channels`); empty for natural order. See :mod:`bitfloor.core.basis`.
+        centred: the widest groups whose levels lie in pairs around zero, zero itself being none of them; 0 for none.
+            Their zero-point is ``(2 ** bits - 1) / 2`` and is not stored, nor is an offset.
 
     Raises:
         InputError: a value outside these ranges.
@@ -47,6 +49,7 @@ class QuantSpec:
     rotation: int = 0
     widths: tuple[int, ...] = ()
     channels: bytes = b""
+    centred: int = 0
 
     def __post_init__(self) -> None:
         for bits in (self.bits, *self.widths):
@@ -59,6 +62,12 @@ class QuantSpec:
             )
         if self.scale_dtype not in SCALE_DTYPES:
             raise InputError(f"scale_dtype = {self.scale_dtype!r} is unknown; use float16 or bfloat16.")
+        if self.centred not in (0, *BITS):
+            raise InputError(
+                f"centred = {self.centred} is no width; use 0 (none) or one of {', '.join(map(str, BITS))}."
+            )
+        if self.centred and self.symmetric:
+            raise InputError("a grid cannot be symmetric and centred; use one of them.")
         if not is_rotation(self.rotation):
             raise InputError(f"rotation = {self.rotation} is no block size; use {ROTATIONS}.")
 

@@ -21,6 +21,7 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 SCALE_TYPES = {"float16": "F16", "bfloat16": "BF16"}
 PARTS = ("codes", "scale", "zero", "offset", "channel_scale", "order", "channels")
 LAYOUT_KEYS = {"shape", "kind", "transposed", "scale_dtype", "segments", "order"}
+PACKED, CENTRE = "packed", "centre"  # zero-points: one a group, or (2^b - 1) / 2
 SEGMENT_KEYS = {"columns", "bits", "group_size", "zero", "offset", "channel_scale"}
 OPTIONAL_KEYS = {"rotation", "channels"}  # absent for none
 CONFIG_KEYS = {"quant_method", "format_version", "layouts", "matrices", "orders", "tied", "kept", "recipe"}
@@ -62,7 +63,7 @@ def part_shapes(layout: Layout, *, with_order: bool = True) -> dict[str, tuple[s
         "codes": ("U8", (blocks, sum(code_bytes(s) for s in segments))),
         "scale": (scale_type, (blocks, sum(groups(s) for s in segments), 16)),
     }
-    if packed := [s for s in segments if s["zero"] == "packed"]:
+    if packed := [s for s in segments if s["zero"] == PACKED]:
         parts["zero"] = ("U8", (blocks, sum(2 * s["bits"] * groups(s) for s in packed)))
     if shifted := [s for s in segments if s["offset"]]:
         parts["offset"] = (scale_type, (blocks, sum(groups(s) for s in shifted), 16))
@@ -134,7 +135,7 @@ def _check_segment(segment: Any, where: str) -> None:
         if not isinstance(segment[key], bool):
             raise _bad(where, key, segment[key])
     zero = segment["zero"]
-    if not (zero is None or zero == "packed" or (isinstance(zero, int) and not isinstance(zero, bool))):
+    if not (zero is None or zero in (PACKED, CENTRE) or (isinstance(zero, int) and not isinstance(zero, bool))):
         raise _bad(where, "zero", zero)
     if (zero is None) != segment["offset"]:
         raise _bad(where, "zero", f"{zero} together with offset {segment['offset']}")

@@ -22,9 +22,9 @@ from torch import Tensor
 from bitfloor.core.bitpack import blocked, pack_zeros, unblocked, unpack_zeros
 from bitfloor.core.channels import is_order
 from bitfloor.core.errors import BitfloorError, InputError
-from bitfloor.core.packed import PackedWeight, Segment, index_dtype, order_dtype
+from bitfloor.core.packed import PackedWeight, Segment, centre, index_dtype, order_dtype
 from bitfloor.formats.base import Get
-from bitfloor.formats.layout import Layout, code_bytes, groups, part_shapes, tensor_names
+from bitfloor.formats.layout import CENTRE, PACKED, Layout, code_bytes, groups, part_shapes, tensor_names
 
 __all__ = ["assemble", "check_channels", "decode", "encode", "layout", "reject", "tensor_names"]
 
@@ -48,6 +48,8 @@ def reject(weight: PackedWeight) -> str | None:
         zero = segment.zero
         if isinstance(zero, Tensor) and zero.numel() and int(zero.max()) >> segment.bits:
             return f"segment {index} has a zero-point of {int(zero.max())}, too large for {segment.bits} bits"
+        if isinstance(zero, float) and not zero.is_integer() and zero != centre(segment.bits):
+            return f"segment {index} has a zero-point of {zero}, neither whole nor the centre of its levels"
         position = segment.stop
     if weight.channels is not None and not is_order(weight.channels.tolist(), weight.shape[1]):
         return f"its channels are no order of its {weight.shape[1]} columns"
@@ -77,7 +79,7 @@ def layout(weight: PackedWeight, kind: str = "linear", transposed: bool = False)
                 "columns": segment.columns,
                 "bits": segment.bits,
                 "group_size": segment.group_size,
-                "zero": "packed" if isinstance(segment.zero, Tensor) else segment.zero,
+                "zero": _zero_kind(segment),
                 "offset": segment.offset is not None,
                 "channel_scale": segment.channel_scale is not None,
             }
@@ -90,6 +92,13 @@ def layout(weight: PackedWeight, kind: str = "linear", transposed: bool = False)
     if weight.channels is not None:
         found["channels"] = True
     return found
+
+
+def _zero_kind(segment: Segment) -> str | int | None:
+    zero = segment.zero
+    if zero is None or isinstance(zero, Tensor):
+        return None if zero is None else PACKED
+    return CENTRE if zero == centre(segment.bits) else int(zero)
 
 
 def encode(name: str, weight: PackedWeight, order_of: str | None = None) -> dict[str, Tensor]:
@@ -173,9 +182,9 @@ def assemble(layout: Layout, parts: Mapping[str, Tensor], rows: int) -> PackedWe
         columns, bits, count = described["columns"], described["bits"], groups(described)
         code_width = code_bytes(described)
         codes = parts["codes"][:, at_code : at_code + code_width]
-        zero: Tensor | int | None = described["zero"]
+        zero: Tensor | float | None = centre(bits) if described["zero"] == CENTRE else described["zero"]
         offset = channel_scale = None
-        if zero == "packed":
+        if zero == PACKED:
             zero = unpack_zeros(parts["zero"][:, at_zero : at_zero + 2 * bits * count], bits, rows, count)
             at_zero += 2 * bits * count
         if described["offset"]:

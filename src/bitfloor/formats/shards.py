@@ -90,6 +90,15 @@ class CheckpointWriter:
         dtype, shape = describe_tensor(tensor)
         self._add(name, Pending(dtype, shape, lambda: (tensor_bytes(tensor),)))
 
+    def add_later(self, name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> None:
+        """Add a tensor that is made when it is written, and dropped then.
+
+        Args:
+            name, dtype, shape: what it will be, in the words of the format.
+            make: makes it.
+        """
+        self._add(name, Pending(dtype, shape, lambda: (tensor_bytes(make()),)))
+
     def _add(self, name: str, pending: Pending) -> None:
         if name in self._pending:
             raise BitfloorError(f"two tensors are named {name!r}; each may be written once.")

@@ -107,7 +107,7 @@ def codes_and_grids(weight: PackedWeight, spec: QuantSpec) -> list[Rounded]:
         if segment.offset is not None:
             zero, offset = None, segment.offset.float()
         elif not isinstance(zero, Tensor):
-            zero = torch.full_like(scale, 1 << (segment.bits - 1))
+            zero = torch.full_like(scale, float(segment.zero or 0))
         widths = torch.full((scale.shape[1],), segment.bits, dtype=torch.int64, device=scale.device)
         grid = Grid(
             scale,

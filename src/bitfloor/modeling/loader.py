@@ -270,6 +270,10 @@ class SourceModel:
             if name in self._parameters:  # buffers are small and stay
                 set_weight(self.skeleton, name, torch.empty(shape, dtype=torch.float32, device="meta"))
 
+    def again(self, folder: Path | None = None) -> SourceModel:
+        """The same model opened once more, with a skeleton of its own, or a folder that holds one like it."""
+        return open_source(self.path if folder is None else folder, trust_remote_code=self._remote_code)
+
     # -- identity ------------------------------------------------------------------------------------------------
 
     @cached_property

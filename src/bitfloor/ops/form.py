@@ -5,8 +5,8 @@
 
 Order unit and entries are 0 for natural order; ``channels`` is 1 where channels are put into an order before the
 rotation; the scale type is 0 for float16 and 1 for bfloat16; ``zero`` is 0 for packed zero-points, 1 for offsets and
-2 for a ``constant``; ``scaled`` is 1 where there is a channel scale. The parts are the tensors of ``docs/format.md`` in
-the order of ``PARTS``, those that the form implies and no others.
+2 for a ``constant``, which is given in halves; ``scaled`` is 1 where there is a channel scale. The parts are the
+tensors of ``docs/format.md`` in the order of ``PARTS``, those that the form implies and no others.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Form:
         segments = []
         column = at_code = at_group = at_zero = at_offset = at_channel = 0
         for s in self.segments:
-            zero: Tensor | int | None = s.constant if s.zero == CONSTANT else None
+            zero: Tensor | float | None = s.constant / 2 if s.zero == CONSTANT else None
             offset = channel_scale = None
             if s.zero == PACKED:
                 stored = given["zero"][:, at_zero : at_zero + 2 * s.bits * s.groups]

@@ -30,7 +30,7 @@ from bitfloor.core.errors import InputError
 SETTING = "BITFLOOR_KERNELS"
 REFERENCE = "reference"
 FOLDER = Path(__file__).resolve().parent
-ABI = 2  # of csrc/common.h: raised with every change of a signature or of a value
+ABI = 3  # of csrc/common.h: raised with every change of a signature or of a value
 WORK_PER_THREAD = 1 << 18  # a thread costs what tens of thousands of operations do
 
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64

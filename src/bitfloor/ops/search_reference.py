@@ -2,7 +2,7 @@
 
 Float32, one operation at a time and in this order; sums in 16 lanes, as in :mod:`bitfloor.ops.rounding_reference`::
 
-    c = clamp(round(w / s) + z, 0, top) - z
+    c = clamp(round(w / s + f) + floor(z), 0, top) - z        f = z - floor(z)
     error = sum_j (w - c s)^2 h_j         above = sum_j (h_j w) c         below = sum_j h_j c^2
 """
 
@@ -53,5 +53,6 @@ def fit_sums(
 def _centred(groups: Tensor, tops: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Codes less their zero-point ``[rows, G, g]``."""
     zero = zero[..., None]
-    code = torch.round(groups / scale[..., None]).add_(zero).clamp_min_(0.0)
+    whole = torch.floor(zero)
+    code = (groups / scale[..., None]).add_(zero - whole).round_().add_(whole).clamp_min_(0.0)
     return code.minimum(tops[:, None]).sub_(zero)

@@ -29,7 +29,17 @@ from bitfloor.core.spec import MatrixRef, QuantSpec
 from bitfloor.methods.gptq import MIN_TOKENS_PER_CHANNEL, Errors
 from bitfloor.methods.options import GptqConfig
 from bitfloor.modeling.loader import SourceModel
-from bitfloor.pipeline.choice import BYTE, Item, as_sorted, budget_bits, choose, group_costs, uniform_sizes
+from bitfloor.pipeline.choice import (
+    BYTE,
+    Item,
+    as_sorted,
+    brought,
+    budget_bits,
+    choose,
+    group_costs,
+    mean_width,
+    uniform_sizes,
+)
 from bitfloor.pipeline.job import Allocation, Assignment, Job
 from bitfloor.pipeline.layouts import stored_size
 from bitfloor.pipeline.run import RunOptions
@@ -116,18 +126,18 @@ def item_of(
     """
     columns = weight.shape[1]
     # The order of channels is paid for from the budget of a matrix without one.
-    budget = budget_bits(ref, replace(spec, channels=b""), allocation.average)
+    plain = replace(spec, channels=b"")
+    budget = brought(ref, plain, allocation)
     groups = len(spec.group_widths(columns))
     if stakes.tokens < MIN_TOKENS_PER_CHANNEL * columns or not float(stakes.hessian.diagonal().sum()) > 0:
         note = {"note": "too few tokens of the survey entered it; all groups keep its width"}
         # Nor does it get an order of channels, which the few tokens would decide.
-        return Item(ref, replace(spec, channels=b""), (spec.group_widths(columns),), torch.zeros(1), budget, note)
+        return Item(ref, plain, (spec.group_widths(columns),), torch.zeros(1), budget, note)
     errors = Errors(stakes.basis.to(weight), stakes.hessian, stakes.rows, spec, search)
     uniform = [(bits,) * groups for bits in allocation.widths]
     table = 0.5 * torch.stack([errors.of(plan).cpu() for plan in uniform], 1)
     losses = dict(zip(uniform, table.sum(0).tolist(), strict=True))
-    average = spec.bits if allocation.average is None else allocation.average
-    for plan in proposals(table, ref, spec, allocation.widths, average):
+    for plan in proposals(table, ref, spec, allocation.widths, mean_width(ref, plain, allocation)):
         if plan not in losses:
             losses[plan] = 0.5 * float(errors.of(plan).sum())
     told = [[float(f"{value:.6g}") for value in row] for row in table.tolist()]
@@ -171,7 +181,7 @@ def check_budget(job: Job, assignment: Assignment) -> None:
         )
     for part in [names] if how.scope == "model" else [[name] for name in names]:
         pairs = [(assignment.refs[name], assignment.specs[name]) for name in part]
-        budget = sum(budget_bits(ref, spec, how.average) for ref, spec in pairs)
+        budget = sum(brought(ref, spec, how) for ref, spec in pairs)
         least = sum(min(uniform_sizes(ref, as_sorted(spec, how.sort), how.widths)) for ref, spec in pairs)
         shared = tables_of(job, assignment)
         for ref, spec in shared:
@@ -183,7 +193,8 @@ def check_budget(job: Job, assignment: Assignment) -> None:
             raise InputError(
                 f"allocation of {'the model' if len(part) > 1 else part[0]}: a budget of {budget / weights:.3f} stored "
                 f"bits a weight cannot be met, the narrowest of the widths {narrow} take "
-                f"{least / weights:.3f}; raise allocation.average, or allow narrower widths."
+                f"{least / weights:.3f}; raise allocation.{'average' if how.stored is None else 'stored'}, or allow "
+                "narrower widths."
             )
 
 
@@ -205,7 +216,7 @@ def promised_bits(job: Job, assignment: Assignment) -> float:
     for name, spec in assignment.specs.items():
         ref = assignment.refs[name]
         if ref.block >= 0 and job.searches == "budget":
-            total += budget_bits(ref, spec, how.average)
+            total += brought(ref, spec, how)
         elif ref.block >= 0:
             total += most_by_sba(ref, as_sorted(spec, how.sort))
     return total

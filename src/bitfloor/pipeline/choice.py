@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ def group_costs(ref: MatrixRef, spec: QuantSpec, widths: Sequence[float]) -> Ten
     size = spec.columns_per_group(columns)
     padded = 16 * row_blocks(rows)
     taken = torch.tensor([min(size, columns - at) for at in range(0, columns, size)], dtype=torch.float64)
-    side = torch.tensor([16.0 + (16.0 if w == 1 else 0.0 if spec.symmetric else w) for w in widths])
+    more = [0.0 if w <= spec.centred else 16.0 if w == 1 else 0.0 if spec.symmetric else w for w in widths]
+    side = torch.tensor([16.0 + own for own in more])
     return padded * (taken.unsqueeze(1) * torch.tensor(widths, dtype=torch.float64) + side)
 
 
@@ -79,6 +81,25 @@ def budget_bits(ref: MatrixRef, spec: QuantSpec, average: float | None) -> float
     share = (average - low) / (high - low) if high > low else 0.0
     sizes = uniform_sizes(ref, spec, (low, high))
     return (1.0 - share) * sizes[0] + share * sizes[1]
+
+
+def brought(ref: MatrixRef, spec: QuantSpec, how: Allocation) -> float:
+    """What a matrix of the blocks brings into the budget, in bits."""
+    if how.stored is not None:
+        return how.stored * ref.shape[0] * ref.shape[1]
+    return budget_bits(ref, spec, how.average)
+
+
+def mean_width(ref: MatrixRef, spec: QuantSpec, how: Allocation) -> float:
+    """The mean width whose uniform storage takes what a matrix brings; the narrowest or widest where none does."""
+    if how.stored is None:
+        return spec.bits if how.average is None else how.average
+    sizes = uniform_sizes(ref, spec, BITS)
+    wanted = brought(ref, spec, how)
+    for (low, below), (high, above) in pairwise(zip(BITS, sizes, strict=True)):
+        if wanted < above:
+            return low + (high - low) * max(0.0, (wanted - below) / (above - below))
+    return BITS[-1]
 
 
 def choose(model: str, allocation: Allocation, items: Mapping[str, Item]) -> BitPlan:
@@ -119,6 +140,8 @@ def choose(model: str, allocation: Allocation, items: Mapping[str, Item]) -> Bit
         basis = (item.spec.rotation, chosen[name], item.why, item.spec.channels)
         matrices[name] = MatrixPlan(item.ref.shape, size, *basis)
     settings = {"average": allocation.average, "widths": list(allocation.widths), "scope": allocation.scope}
+    if allocation.stored is not None:
+        settings["stored"] = allocation.stored
     if allocation.tables:
         settings["tables"] = list(allocation.tables)
     if allocation.sort:
@@ -143,7 +166,7 @@ def within_budget(items: Sequence[Item], costs: Sequence[Tensor]) -> Allotment:
     if budget < float(cost.amin(1).sum()):
         raise InputError(
             "matrices that too few tokens of the survey reached keep their width, and leave too little of the budget "
-            "for the others; raise allocation.average, or let the survey read more (allocation.sequences)."
+            "for the others; raise the budget, or let the survey read more (allocation.sequences)."
         )
     return allot(losses, cost, budget)
 

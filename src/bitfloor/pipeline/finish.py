@@ -15,7 +15,7 @@ from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.allocate import plan_of_run
 from bitfloor.pipeline.folder import PLAN_FILE, REPORT, copy_companions, model_config
 from bitfloor.pipeline.job import Assignment, Job
-from bitfloor.pipeline.journal import ENDS, TUNED, Journal, part_name, tuned_name
+from bitfloor.pipeline.journal import ENDS, MERGED, TUNED, Journal, part_name, tuned_name
 from bitfloor.pipeline.sizes import size_summary, stored_bytes
 from bitfloor.pipeline.timing import remember
 
@@ -61,6 +61,8 @@ def write_checkpoint(
     if job.recipe.get("tune"):
         tuning = _facts(journal, TUNED)
         report["tuning"] = {key: tuning[key] for key in ("before", "after", "step", "note", "tuned")}
+    if job.recipe.get("restore"):
+        report["restoration"] = _facts(journal, MERGED)
     plan = plan or plan_of_run(source, job, assignment, facts)
     if plan is None:
         (out / PLAN_FILE).unlink(missing_ok=True)

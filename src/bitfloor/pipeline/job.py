@@ -26,6 +26,7 @@ class Allocation:
     Args:
         policy: ``"sba"`` searches block by block while quantizing, ``"budget"`` solves for all before.
         average: mean width of the budget, None for each matrix's own.
+        stored: the budget in stored bits a weight of the blocks' matrices, everything counted; None for ``average``.
         widths: to choose from, rising (``"budget"``).
         scope: ``"model"`` has one budget, ``"matrix"`` one for each matrix (``"budget"``).
         sequences: of the calibration text that are looked at, None for all.
@@ -43,6 +44,7 @@ class Allocation:
     search: SbaConfig = field(default_factory=SbaConfig)
     tables: tuple[int, ...] = ()
     sort: bool = False
+    stored: float | None = None
 
     def batches(self, inputs: Batches) -> int | None:
         """Batches that hold the sequences that are looked at, None for all."""

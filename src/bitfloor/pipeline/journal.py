@@ -7,6 +7,10 @@
     OUT/.bitfloor/tuning.safetensors, tuned.safetensors, tuned-*.safetensors
                                       what the last stage has learnt so far (replaced as it goes), its result, and the
                                       parts with it
+    OUT/.bitfloor/first-*.safetensors, restoring.safetensors, adapters.safetensors, restored/, merged.safetensors
+                                      where the model is restored between two quantizations: the parts of the first,
+                                      what the adapters have learnt so far, their result, the float model with them,
+                                      and its hash
 
 A file appears under its name only when it is complete and on the device. Whatever a killed run leaves behind is either
 such a file or a temporary one that the next attempt overwrites. A file that does not match its checksum is made again.
@@ -33,7 +37,13 @@ RUN = "run.json"
 ENDS = "ends"
 PLAN = "plan"  # widths of all groups, where they are chosen before the first block
 TUNED, STATE = "tuned", "tuning"  # the result of the last stage, and what it has learnt so far
-PARTS = re.compile(r"((tuned-)?(block-\d{5}|ends)|plan|tuned|tuning)\.safetensors(\.tmp)?|run\.json\.tmp|survey")
+FIRST = "first-"  # before the parts of a first quantization, where there are two
+RESTORING, ADAPTERS, MERGED = "restoring", "adapters", "merged"  # what adapters learn, have learnt, and what came of it
+RESTORED = "restored"  # folder of the float model that the second quantization starts from
+PARTS = re.compile(
+    r"((tuned-|first-)?(block-\d{5}|ends)|(first-)?plan|tuned|tuning|restoring|adapters|merged)\.safetensors(\.tmp)?"
+    r"|run\.json\.tmp|survey|restored"
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +83,18 @@ class Journal:
     Args:
         folder: the run's output folder, which exists.
         fingerprint: what decides the bytes of the result.
+        prefix: before the names of all parts.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], prefix: str = "") -> None:
         self.folder = folder / FOLDER
+        self.prefix = prefix
         self.fingerprint = dict(fingerprint)
+
+    @property
+    def first(self) -> Journal:
+        """The parts of a first quantization, in the same folder."""
+        return Journal(self.folder.parent, self.fingerprint, FIRST)
 
     def exists(self) -> bool:
         """Whether this very run was begun before: what it checked first need not be checked again."""
@@ -115,7 +132,7 @@ class Journal:
 
     def path(self, part: str) -> Path:
         """Where a part is, or will be, stored."""
-        return self.folder / f"{part}.safetensors"
+        return self.folder / f"{self.prefix}{part}.safetensors"
 
     def facts(self, part: str) -> dict[str, Any] | None:
         """The facts of a finished part without its tensors; None if it is missing or damaged (then it is removed)."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from bitfloor.core.headers import byte_count
 from bitfloor.core.spec import MatrixRef, QuantSpec
-from bitfloor.formats.layout import Layout, tensor_names
+from bitfloor.formats.layout import CENTRE, PACKED, Layout, tensor_names
 
 Tiers = Callable[[int], list[tuple[int, int]]]
 
@@ -28,13 +28,14 @@ def spec_layout(ref: MatrixRef, spec: QuantSpec, tiers: Tiers | None = None) -> 
     segments = []
     for bits in sorted(set(widths)):
         taken = [min(size, columns - k * size) for k in order if widths[k] == bits]
-        offset = bits == 1
+        offset = bits == 1 and not spec.centred
+        constant: str | int = CENTRE if bits <= spec.centred else 1 << (bits - 1) if spec.symmetric else PACKED
         segments.append(
             {
                 "columns": sum(taken),
                 "bits": bits,
                 "group_size": size,
-                "zero": None if offset else (1 << (bits - 1) if spec.symmetric else "packed"),
+                "zero": None if offset else constant,
                 "offset": offset,
                 "channel_scale": False,
             }

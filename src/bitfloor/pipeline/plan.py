@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bitfloor.core.errors import InputError
@@ -14,6 +14,7 @@ from bitfloor.pipeline.budget import check_budget, promised_bits
 from bitfloor.pipeline.job import Job, assign, check_loadable
 from bitfloor.pipeline.layouts import Tiers, input_twins, spec_layout
 from bitfloor.pipeline.memory import available_memory, peak_memory
+from bitfloor.pipeline.restore_memory import restoring_memory
 from bitfloor.pipeline.sizes import matrix_bytes, parameter_sizes, size_summary, stored_bytes
 
 BYTE = 8
@@ -60,7 +61,8 @@ def make_plan(
                 "kept": assignment.kept.get(name),
             }
         )
-    peak = peak_memory(source, job, assignment, data, spill=spill)
+    restoring = restoring_memory(source, job, assignment, spill=spill)  # peft is imported here, and held from then on
+    peak = max(peak_memory(source, job, assignment, data, spill=spill), restoring)
     available = available_memory(device)
     return {
         "matrices": matrices,
@@ -84,12 +86,12 @@ def shown_bits(spec: QuantSpec, ref: MatrixRef, tiers: Tiers | None = None) -> f
     return round(sum(spec.widths) / len(spec.widths), 3) if spec.widths else spec.bits
 
 
-def check_memory(planned: dict[str, Any], *, tunes: bool = False) -> None:
+def check_memory(planned: dict[str, Any], *, whole: Iterable[str] = ()) -> None:
     """Refuse a plan that does not fit.
 
     Args:
         planned: made by :func:`make_plan`.
-        tunes: the recipe tunes, which holds all blocks and can be left out.
+        whole: stages of the recipe that hold all blocks and can be left out, by their keys.
 
     Raises:
         InputError: naming what is needed and what there is.
@@ -99,5 +101,6 @@ def check_memory(planned: dict[str, Any], *, tunes: bool = False) -> None:
             f"the run needs about {planned['peak_memory_bytes'] / 1e9:.1f} GB of memory and "
             f"{planned['available_memory_bytes'] / 1e9:.1f} GB are available; use fewer or shorter calibration "
             "sequences, a smaller calibration.batch_size, or --spill FOLDER"
-            + (", or leave tuning out with tune=null." if tunes else ".")
+            + "".join(f", or leave a stage out with {key}=null" for key in whole)
+            + "."
         )

@@ -53,12 +53,24 @@ def check_tiers(recipe: Recipe, source: SourceModel) -> None:
             )
 
 
+# Methods that take the grids of bitfloor's own search; others have formulas of their own for ranges.
+CENTRED = ("rtn", "gptq", "bitfloor")
+
+
 def check_grids(recipe: Recipe, source: SourceModel) -> None:
-    """Refuse the published search of ranges where it is not defined.
+    """Refuse the published search of ranges where it is not defined, and centred levels where they would be ignored.
 
     Raises:
         InputError: naming a matrix.
     """
+    name, sqc = recipe.method.name, recipe.method.options.get("range") == "sqc"
+    for ref in source.map.matrices:
+        spec, _ = recipe.decide(ref.name)
+        if spec is not None and spec.centred and (name not in CENTRED or sqc):
+            what = f"{name} with method.range = sqc" if sqc else f"the method {name}"
+            raise InputError(
+                f"{what} finds ranges its own way, and {ref.name} is to have centred = {spec.centred}; leave it out."
+            )
     if recipe.method.options.get("range") != "sqc":
         return
     for ref in source.map.matrices:

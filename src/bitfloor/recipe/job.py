@@ -68,6 +68,7 @@ def _allocation(recipe: Recipe) -> Allocation | None:
         search,
         tables,
         part.sort,
+        part.stored,
     )
 
 

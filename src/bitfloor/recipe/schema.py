@@ -1,7 +1,6 @@
 """The recipe: everything that decides *what* comes out, seed included, and nothing about *how* it is computed.
 
-Every field carries its allowed values in words (``Field(description=...)``): the same words stand in error messages, so
-they cannot drift apart. Values are checked strictly: ``bits: "4"`` and ``seed: true`` are refused, not converted.
+What it consists of is in :mod:`bitfloor.recipe.parts`.
 """
 
 from __future__ import annotations
@@ -11,210 +10,29 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails
 
 from bitfloor.core.errors import InputError
-from bitfloor.core.spec import BITS, ROTATIONS, QuantSpec, is_rotation
+from bitfloor.core.spec import QuantSpec
+from bitfloor.recipe.parts import (
+    AllocationPart,
+    CalibrationPart,
+    EmbeddingPart,
+    HeadPart,
+    LayerRule,
+    MethodChoice,
+    Part,
+    RestorePart,
+    SpecPart,
+    TunePart,
+    as_tuple,
+)
 
-WHOLE_ROW = -1
-TABLE_BITS = tuple(bits for bits in BITS if bits > 1)  # of embedding and head
-
-
-def _width(value: Any) -> Any:
-    if type(value) is not int or value not in BITS:
-        raise PydanticCustomError("width", "no such width")
-    return value
-
-
-def _group(value: Any) -> Any:
-    if type(value) is not int or (value != WHOLE_ROW and value < 1):
-        raise PydanticCustomError("group", "no such group size")
-    return value
-
-
-def _rotation(value: Any) -> Any:
-    if type(value) is not int or not is_rotation(value):
-        raise PydanticCustomError("rotation", "no such rotation")
-    return value
-
-
-def _plain_width(value: Any) -> Any:
-    if type(value) is not int or value not in (16, *TABLE_BITS):
-        raise PydanticCustomError("width", "no such width")
-    return value
-
-
-def _table_width(value: Any) -> Any:
-    if type(value) is not int or value not in TABLE_BITS:
-        raise PydanticCustomError("width", "no such width")
-    return value
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-WIDTHS = f"one of {', '.join(map(str, BITS))}"
-TABLES = f"or {', '.join(map(str, reversed(TABLE_BITS)))}"
-GROUPS = "a positive number of columns, or -1 for whole rows"
-Width = Annotated[int, BeforeValidator(_width)]
-GroupSize = Annotated[int, BeforeValidator(_group)]
-Rotation = Annotated[int, BeforeValidator(_rotation)]
-TableWidth = Annotated[int, BeforeValidator(_table_width)]
-PlainWidth = Annotated[int, BeforeValidator(_plain_width)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class MethodChoice(BaseModel):
-    """The method by name, its own options beside it. Which options exist is checked in ``recipe.method_options``."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-
-    name: str = Field(description="the name of a method, for example gptq or rtn")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class SpecPart(_Part):
-    """How every linear is stored unless a layer rule says otherwise."""
-
-    bits: Width = Field(description=WIDTHS)
-    group_size: GroupSize = Field(description=GROUPS)
-    symmetric: bool = Field(default=False, description="true or false")
-    scale_dtype: Literal["float16", "bfloat16"] = Field(default="float16", description="float16 or bfloat16")
-
-    rotation: Rotation = Field(default=0, description=ROTATIONS)
-
-    def as_quant_spec(self) -> QuantSpec:
-        return QuantSpec(self.bits, self.group_size, self.symmetric, self.scale_dtype, self.rotation)
-
-
-class LayerRule(_Part):
-    """A departure from the default spec for the matrices whose name a glob matches (``*`` crosses dots)."""
-
-    match: Annotated[str, Field(min_length=1)] = Field(description="a glob on matrix names, for example '*.down_proj'")
-    bits: Width | None = Field(default=None, description=WIDTHS)
-    group_size: GroupSize | None = Field(default=None, description=GROUPS)
-    symmetric: bool | None = Field(default=None, description="true or false")
-    rotation: Rotation | None = Field(default=None, description=ROTATIONS)
-    keep: bool = Field(default=False, description="true (the matrix stays as it is) or false")
-    reason: str | None = Field(default=None, description="a few words on why a matrix is kept")
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The parts of the spec that this rule sets."""
-        parts = {
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "symmetric": self.symmetric,
-            "rotation": self.rotation,
-        }
-        return {key: value for key, value in parts.items() if value is not None}
-
-    @model_validator(mode="after")
-    def _says_one_thing(self) -> LayerRule:
-        if self.keep and self.changes:
-            raise PydanticCustomError("rule", f"keeps the matrix and also sets {', '.join(self.changes)}; do only one")
-        if not self.keep and not self.changes:
-            known = "bits, group_size, symmetric, rotation"
-            raise PydanticCustomError("rule", f"changes nothing; give {known}, or keep: true")
-        if self.reason is not None and not self.keep:
-            raise PydanticCustomError("rule", "gives a reason without keep: true; remove it or keep the matrix")
-        return self
-
-
-class EmbeddingPart(_Part):
-    """Storage of the input embedding; groups run along the hidden size."""
-
-    bits: PlainWidth = Field(default=8, description=f"16 (left as it is), {TABLES}")
-    group_size: GroupSize = Field(default=64, description=GROUPS)
-
-
-class HeadPart(_Part):
-    """Storage of the output head; ``bits: null`` means like the embedding, the only choice when the two are tied.
-
-    ``rounding`` is the head's own matter; a tied embedding is rounded with it.
-    """
-
-    bits: PlainWidth | None = Field(
-        default=None, description=f"null (like the embedding), 16 (left as it is), {TABLES}"
-    )
-    group_size: GroupSize = Field(default=64, description=GROUPS)
-    rounding: Literal["nearest", "gptq"] = Field(default="nearest", description="nearest or gptq")
-
-
-class CalibrationPart(_Part):
-    """The text that calibrates, and how much of it is read."""
-
-    text: Annotated[str, Field(min_length=1)] = Field(
-        default="default",
-        description="default, a file (.txt, .jsonl[:field], .parquet[:field]) or hf:NAME[:config][:split][:field]",
-    )
-    sequences: Count = Field(default=128, description="a positive number of sequences")
-    seqlen: Annotated[int, Field(ge=2)] = Field(default=512, description="a number of tokens of 2 or more")
-    batch_size: Count = Field(default=8, description="a positive number of sequences")
-    mode: Literal["documents", "packed", "auto"] = Field(default="auto", description="documents, packed or auto")
-    min_chars: Annotated[int, Field(ge=0)] = Field(default=1500, description="a number of characters of 0 or more")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="auto, float32 or bfloat16")
-
-
-class AllocationPart(_Part):
-    """Widths that differ from group to group; ``allocation: null`` gives every group ``spec.bits``."""
-
-    policy: Literal["sba", "budget"] = Field(default="budget", description="sba or budget")
-    average: Annotated[float, Field(ge=1, le=8)] | None = Field(
-        default=None, description="null (like spec.bits), or a mean width from 1 to 8 (policy budget)"
-    )
-    widths: Annotated[tuple[Width, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = Field(
-        default=(1, 2, 3, 4, 5), description=f"a list of widths (policy budget), each {WIDTHS}"
-    )
-    scope: Literal["model", "matrix"] = Field(default="model", description="model or matrix (policy budget)")
-    tables: Annotated[tuple[TableWidth, ...], BeforeValidator(_as_tuple), Field(min_length=1)] | None = Field(
-        default=None,
-        description="null (embedding and head keep theirs), or a list of widths for them, each one of "
-        f"{', '.join(map(str, TABLE_BITS))} (policy budget)",
-    )
-    sort: bool = Field(default=False, description="true or false")
-    sequences: Count | None = Field(default=None, description="null (all), or a positive number of sequences")
-    uniform: bool = Field(default=False, description="true or false (policy sba)")
-    ranges: Literal["minmax", "search", "gptq"] = Field(
-        default="minmax", description="minmax, search or gptq (policy sba)"
-    )
-    positional: bool = Field(default=True, description="true or false (policy sba)")
-    plan: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="null, or a file made by bitfloor allocate"
-    )
-
-    @model_validator(mode="after")
-    def _says_nothing_in_vain(self) -> AllocationPart:
-        foreign = (
-            ("average", "widths", "scope", "tables") if self.policy == "sba" else ("uniform", "ranges", "positional")
-        )
-        for key in foreign:
-            if self.plan is None and getattr(self, key) != type(self).model_fields[key].default:
-                raise PydanticCustomError("rule", f"sets {key}, which policy {self.policy} does not read; leave it out")
-        if self.tables and self.scope == "matrix":
-            raise PydanticCustomError("rule", "sets tables, which need a budget of the whole model; use scope: model")
-        return self
-
-
-class TunePart(_Part):
-    """A last stage that learns scales and norms of the whole quantized model; ``tune: null`` leaves it out."""
-
-    steps: Annotated[int, Field(ge=1, le=1_000_000)] = Field(description="a number of updates from 1 to 1000000")
-    rate: Annotated[float, Field(gt=0, le=1)] = Field(default=0.003, description="a step, more than 0 and at most 1")
-    norms: bool = Field(default=True, description="true or false")
-    head: bool = Field(default=False, description="true or false")
+__all__ = ["MethodChoice", "Recipe", "check_value", "parse_recipe", "unknown_key"]
 
 
 class Decision(NamedTuple):
@@ -224,15 +42,17 @@ class Decision(NamedTuple):
     reason: str = ""
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """One way to quantize a model."""
 
     name: str = Field(default="", description="a short name")
     description: str = Field(default="", description="one line of text")
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="a whole number of 0 or more")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="a whole number of 0 or more, below 2^63"
+    )
     method: MethodChoice = Field(description="a method with its options, for example {name: gptq}")
     spec: SpecPart = Field(description="the default storage, for example {bits: 4, group_size: 64}")
-    layers: Annotated[tuple[LayerRule, ...], BeforeValidator(_as_tuple)] = Field(
+    layers: Annotated[tuple[LayerRule, ...], BeforeValidator(as_tuple)] = Field(
         default=(), description="a list of rules, each with match and what it changes"
     )
     embedding: EmbeddingPart = Field(
@@ -243,6 +63,9 @@ class Recipe(_Part):
 
     allocation: AllocationPart | None = Field(
         default=None, description="null, or widths by group {policy, average, ...}"
+    )
+    restore: RestorePart | None = Field(
+        default=None, description="null, or a fine-tune between two quantizations {tokens, objective, ...}"
     )
     tune: TunePart | None = Field(default=None, description="null, or a last stage {steps, rate, norms, head}")
 
@@ -281,18 +104,19 @@ class Recipe(_Part):
 
     def content(self) -> dict[str, Any]:
         """Everything that is *what*, as plain JSON values: the recipe without its name and description."""
-        absent = {key for key in ("tune", "allocation") if getattr(self, key) is None}
+        absent = {key for key in ("restore", "tune", "allocation") if getattr(self, key) is None}
         found = self.model_dump(mode="json", exclude={"name", "description", *absent})
         # What came later is left out where it is not used, so that older recipes keep their hash.
+        for key in ("rotation", "centred"):
+            if not getattr(self.spec, key):
+                del found["spec"][key]
+            for rule in found["layers"]:
+                if rule[key] is None:  # 0 says that the default's is not wanted
+                    del rule[key]
         if self.head.rounding == "nearest":
             del found["head"]["rounding"]
-        if not self.spec.rotation:
-            del found["spec"]["rotation"]
-        for rule in found["layers"]:
-            if rule["rotation"] is None:  # 0 says that the default's rotation is not wanted
-                del rule["rotation"]
         if self.allocation is not None:
-            for key in ("tables", "sort"):
+            for key in ("tables", "sort", "stored"):
                 if not getattr(self.allocation, key):
                     del found["allocation"][key]
         if self.tune is not None and not self.tune.head:

@@ -37,8 +37,9 @@ def form_of(layout: Layout) -> list[int]:
     for segment in layout["segments"]:
         zero = segment["zero"]
         kind = OFFSET if zero is None else PACKED if zero == "packed" else CONSTANT
+        constant = (1 << segment["bits"]) - 1 if zero == "centre" else 2 * zero if kind == CONSTANT else 0
         form += [segment["columns"], segment["bits"], segment["group_size"], kind]
-        form += [zero if kind == CONSTANT else 0, int(segment["channel_scale"])]
+        form += [constant, int(segment["channel_scale"])]
     return form
 
 

@@ -52,7 +52,7 @@ def minmax_grid(weight: Tensor, spec: QuantSpec, bits: Tensor | None = None) -> 
 
     Symmetric grids are full range: the side with the larger magnitude lands on code 0, so the scale is negative when
     that side is positive (SignRound, arXiv 2309.05516, as its code does it). One-bit groups are
-    ``mean +- mean|w - mean|``, the least-squares spread of a sign code around the mean.
+    ``mean +- mean|w - mean|``, the least-squares spread of a sign code around the mean; ``+- mean|w|`` where centred.
 
     Args:
         weight: ``[O, I]`` float32.
@@ -79,7 +79,7 @@ def search_grid(weight: Tensor, importance: Tensor | None, spec: QuantSpec, bits
     size = spec.columns_per_group(columns)
     dtype = getattr(torch, spec.scale_dtype)
     widths = group_bits(spec, -(-columns // size), bits).to(weight.device)
-    one_bit = bool((widths == 1).any())
+    one_bit = not spec.centred and bool((widths == 1).any())  # with an offset
     valid = grouped(torch.ones(columns, device=weight.device), size)
     weights = valid if importance is None else normalised(grouped(importance.float(), size), valid)
     counted = weights.flatten()[:columns].contiguous()
@@ -87,9 +87,12 @@ def search_grid(weight: Tensor, importance: Tensor | None, spec: QuantSpec, bits
     for part in torch.split(weight, max(1, CHUNK // columns)):
         groups = grouped(part.float(), size)
         scale, zero = _minmax(groups, widths, spec.symmetric, dtype)
+        if spec.centred:
+            own = _centred(groups, valid, widths, dtype)
+            scale, zero = (torch.where(widths <= spec.centred, *pair) for pair in zip(own, (scale, zero), strict=True))
         if importance is not None:
             dense = part.float().contiguous()
-            scale, zero = _search(dense, counted, widths, (scale, zero), spec.symmetric, dtype, size)
+            scale, zero = _search(dense, counted, widths, (scale, zero), spec)
         if one_bit:
             levels, low = _two_levels(groups, valid, None if importance is None else weights, dtype)
             scale = torch.where(widths == 1, levels, scale)
@@ -125,6 +128,18 @@ def normalised(importance: Tensor, valid: Tensor) -> Tensor:
     return torch.where(usable, importance / torch.where(usable, mean, 1.0), valid)
 
 
+def _centred(groups: Tensor, valid: Tensor, widths: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point ``[O, G]`` of levels in pairs around zero: the outer ones on the largest magnitude.
+
+    Two levels lie at the mean magnitude, which is the best there is.
+    """
+    sizes = groups.abs()
+    half = ((torch.ones_like(widths) << widths).float() - 1) / 2
+    reach = torch.where(widths == 1, sizes.sum(-1) / valid.sum(-1), sizes.amax(-1))
+    scale = torch.where(reach == 0, torch.ones_like(reach), reach) / half
+    return stored_scale(scale, dtype), half.expand_as(scale).contiguous()
+
+
 def _minmax(groups: Tensor, widths: Tensor, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero-point ``[O, G]`` of the min-max grid for groups ``[O, G, g]``."""
     low = groups.amin(-1).clamp_max(0.0)
@@ -144,13 +159,13 @@ def _search(
     importance: Tensor,
     widths: Tensor,
     start: tuple[Tensor, Tensor],
-    symmetric: bool,
-    dtype: torch.dtype,
-    size: int,
+    spec: QuantSpec,
 ) -> tuple[Tensor, Tensor]:
     """Improve ``start`` on every group of dense float32 weights; the result is never worse than it."""
+    dtype, size = getattr(torch, spec.scale_dtype), spec.columns_per_group(weight.shape[1])
     groups = grouped(weight, size)
     tops = (torch.ones_like(widths) << widths).float() - 1
+    centred = widths <= spec.centred
     scale, zero = (part.clone(memory_format=torch.contiguous_format) for part in start)
     best = (scale, zero, torch.full_like(scale, torch.inf))
 
@@ -158,22 +173,25 @@ def _search(
         scales, zeros = (torch.stack(part) for part in zip(*candidates, strict=True))
         best_grid(weight, importance, tops, (scales, zeros), best, size)
 
-    look(start, *_candidates(groups, widths, start, symmetric, dtype))
+    look(start, *_candidates(groups, widths, start, spec, dtype))
     for _ in range(ROUNDS):
         above, below = fit_sums(weight, importance, tops, scale, zero, size)
         fitted = stored_scale(torch.where(below > 0, above / below.clamp_min(1e-30), scale), dtype)
-        steps = (0.0,) if symmetric else (0.0, -1.0, 1.0)
-        look(*((fitted, (zero + step).clamp_min(0.0).minimum(tops)) for step in steps))
+        steps = (0.0,) if spec.symmetric or bool(centred.all()) else (0.0, -1.0, 1.0)
+        look(*((fitted, (zero + torch.where(centred, 0.0, step)).clamp_min(0.0).minimum(tops)) for step in steps))
     return scale, zero
 
 
 def _candidates(
-    groups: Tensor, widths: Tensor, start: tuple[Tensor, Tensor], symmetric: bool, dtype: torch.dtype
+    groups: Tensor, widths: Tensor, start: tuple[Tensor, Tensor], spec: QuantSpec, dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
     """Shrunken ranges: the same factor on both ends, and for asymmetric grids one end cut harder than the other."""
-    if symmetric:
-        scale, zero = start
+    scale, zero = start
+    centred = widths <= spec.centred
+    if spec.symmetric or bool(centred.all()):
         plus = [(stored_scale(scale * factor, dtype), zero) for factor in COARSE]
+        if spec.centred:  # the other sign is the same levels
+            return plus
         # Both signs: which side gets the extra level matters most at two bits.
         return plus + [(stored_scale(-scale * factor, dtype), zero) for factor in COARSE]
     low = groups.amin(-1).clamp_max(0.0)
@@ -184,8 +202,12 @@ def _candidates(
         for below, above in ((1.0, 1.0), (0.75, 1.0), (1.0, 0.75)):
             cut_low, cut_high = low * (factor * below), high * (factor * above)
             span = cut_high - cut_low
-            scale = stored_scale(torch.where(span > 0, span, torch.ones_like(span)) / top, dtype)
-            out.append((scale, torch.round(-cut_low / scale).clamp_min(0.0).minimum(top)))
+            cut = stored_scale(torch.where(span > 0, span, torch.ones_like(span)) / top, dtype)
+            found = (cut, torch.round(-cut_low / cut).clamp_min(0.0).minimum(top))
+            if spec.centred:
+                own = stored_scale(scale * factor, dtype), zero
+                found = torch.where(centred, own[0], found[0]), torch.where(centred, own[1], found[1])
+            out.append(found)
     return out
 
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from bitfloor.core.affine import Grid, stored, stored_scale
-from bitfloor.core.packed import expand_groups
+from bitfloor.core.packed import centre, expand_groups
 from bitfloor.ops import rounding
 from bitfloor.solvers.adamw import AdamW
 from bitfloor.solvers.ranges import grouped
@@ -51,7 +51,7 @@ class Refinement:
         grid: of the start, all groups of one width, with zero-points, or with offsets if that is one bit.
         tune_scale: learn the factors; otherwise only ``V``.
         zero_share: step of the zero-points' moves, of the rounding's step; 0 keeps them. They stay in any case where
-            they are not stored (a symmetric grid).
+            they are not stored (a symmetric grid, or a centred one).
         adam: moves everything, with moments kept in it; None takes steps of the signs.
 
     Raises:
@@ -75,7 +75,8 @@ class Refinement:
         self.start = grid
         self.offset_form = one_bit
         self.first = -grid.shift / grid.scale if grid.zero is None else grid.zero
-        self.zero_share = 1.0 if one_bit else 0.0 if grid.constant_zero else zero_share
+        stays = grid.constant_zero or bool((self.first == centre(self.bits)).all())
+        self.zero_share = 1.0 if one_bit else 0.0 if stays else zero_share
         self.adam, self.steps = adam, 0
         self.size = grid.group_size
         self.tune_scale = tune_scale

@@ -43,6 +43,7 @@ class SegmentScales:
     def __init__(self, segment: Segment, factor: Tensor) -> None:
         self.columns, self.size = segment.columns, segment.group_size
         self.start, self.low, self.factor = segment.scale, segment.offset, factor
+        self.unit = 1.0  # of what is held of a code
         # A short last group is padded; its padding is cut off wherever weights come out.
         codes = segment_codes(segment, len(factor))
         if segment.offset is not None:
@@ -52,7 +53,9 @@ class SegmentScales:
             self.middle = 0.0
             given = segment.zero
             zero = given if isinstance(given, Tensor) else torch.full_like(segment.scale, float(given or 0))
-            centred = grouped(codes.to(torch.int16), segment.group_size) - zero.to(torch.int16).unsqueeze(-1)
+            # In halves where the zero-point is one, so that they are whole.
+            self.unit = 1.0 if isinstance(given, Tensor) or float(given or 0).is_integer() else 0.5
+            centred = grouped(codes.float(), segment.group_size).sub_(zero.float().unsqueeze(-1)).div_(self.unit)
             self.codes = centred.to(torch.int8 if segment.bits < 8 else torch.int16)
 
     def values(self) -> tuple[Tensor, Tensor | None]:
@@ -67,7 +70,7 @@ class SegmentScales:
     def dense(self) -> Tensor:
         """The weights ``[O, K]`` float32 in stored column order, at the present factors."""
         scale, offset = self.values()
-        wide = self.codes.float().mul_(scale.unsqueeze(-1))
+        wide = self.codes.float().mul_(scale.unsqueeze(-1) * self.unit)
         if offset is not None:
             wide.add_(offset.unsqueeze(-1))
         return wide.flatten(1)[:, : self.columns].contiguous()
@@ -75,7 +78,7 @@ class SegmentScales:
     def gradient(self, grad: Tensor) -> Tensor:
         """``dL/df [O, G]`` from the gradient ``[O, K]`` float32 with respect to :meth:`dense`."""
         flow = grouped(grad, self.size)
-        found = (flow * self.codes).sum(-1)
+        found = (flow * self.codes).sum(-1) * self.unit
         if self.low is not None:
             found -= flow.sum(-1) * self.middle
         return found * self.start.float()

@@ -42,10 +42,10 @@ def test_the_promised_presets_exist() -> None:
     promised = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(KINDS, (2, 3, 4))}
     kinds = ("slim-llm", "slim-llm-plus", "slim-tuned", "bitfloor-mixed")
     mixed = {f"{kind}-w{bits}g64" for kind, bits in itertools.product(kinds, (2, 3))}
-    assert promised | mixed | {"gptq-w4g128", "ptq161"} == set(preset_names())
+    assert promised | mixed | {"gptq-w4g128", "ptq161", "ptq161-restored", "bitfloor-1.61"} == set(preset_names())
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if name != "ptq161"])
+@pytest.mark.parametrize("name", [name for name in preset_names() if "161" not in name.replace(".", "")])
 def test_a_preset_does_what_its_name_says(name: str) -> None:
     recipe = load_recipe(name)
     kind, _, storage = name.rpartition("-")
@@ -62,7 +62,10 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
         assert published == ((True, False, "gptq") if kind == "slim-tuned" else (False, True, "minmax"))
     if kind in ("slim-tuned", "bitfloor-mixed"):
         plain = load_recipe(f"bitfloor-{storage}")
-        assert (recipe.method, recipe.spec, recipe.embedding) == (plain.method, plain.spec, plain.embedding)
+        # A budget has narrow groups at any mean width.
+        narrow = {"centred": 2} if kind == "bitfloor-mixed" else {}
+        spec = plain.spec.model_copy(update=narrow)
+        assert (recipe.method, recipe.spec, recipe.embedding) == (plain.method, spec, plain.embedding)
     if kind == "slim-llm":
         assert recipe.method.options["range"] == "sqc"
     elif recipe.method.name == "omniquant":
@@ -80,6 +83,18 @@ def test_a_preset_does_what_its_name_says(name: str) -> None:
         assert recipe.method.options["range"] == (variant or "search")
     assert recipe.name == name and recipe.embedding.bits == 8
     assert recipe.description and "\n" not in recipe.description
+
+
+def test_the_preset_with_a_size_in_its_name_has_it_in_its_budget() -> None:
+    recipe, plain = load_recipe("bitfloor-1.61"), load_recipe("bitfloor-w2g64")
+    assert recipe.allocation is not None
+    assert (recipe.allocation.policy, recipe.allocation.stored, recipe.allocation.widths) == (
+        "budget",
+        1.61,
+        (1, 2, 3, 4),
+    )
+    assert recipe.spec == plain.spec.model_copy(update={"group_size": 192}) and recipe.spec.centred == 2
+    assert recipe.method.options == {**plain.method.options, "steps": 200} and recipe.tune is None
 
 
 def test_the_preset_without_a_width_in_its_name_is_the_published_recipe() -> None:

@@ -57,6 +57,7 @@ def test_every_stored_width_is_accepted(bits: int) -> None:
         ({"spec": {"bits": 4}}, ("spec.group_size is missing",)),
         ({"spec": {"bits": 4, "group_size": 64, "scale_dtype": "float32"}}, ("scale_dtype", "float16 or bfloat16")),
         ({"seed": -1}, ("seed = -1", "0 or more")),
+        ({"seed": 2**63}, ("seed = 9223372036854775808", "below 2^63")),
         ({"seed": 1.5}, ("seed = 1.5",)),
         ({"method": "gptq"}, ('method = "gptq"', "{name: gptq}")),
         ({"embedding": {"bits": 7}}, ("embedding.bits = 7", "or 8, 6, 5, 4, 3, 2")),

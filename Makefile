@@ -10,7 +10,7 @@ STAMP := $(VENV)/stamps
 export PYTHONPATH :=
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup test test-full lint demo clean
+.PHONY: setup test test-full sanitize lint demo clean
 .DEFAULT_GOAL := test
 
 # pip prefers a CPU build where the machine offers one; any build of this version will do.
@@ -23,7 +23,7 @@ $(STAMP)/torch:
 	@touch $@
 
 # Builds the native library too, if there is a C++ compiler.
-$(STAMP)/package: $(STAMP)/torch pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP)/package: $(STAMP)/torch pyproject.toml setup.py $(wildcard csrc/* csrc/packed/*)
 	@test -f .setup-began || date +%s > .setup-began
 	$(INSTALL) -e ".[dev,gguf]"
 	@touch $@
@@ -42,6 +42,10 @@ test test-full: setup
 	@began=$$(date +%s); $(BIN)/python -m pytest -q $(SELECT) $(ARGS); status=$$?; \
 	echo "tests: $$(( $$(date +%s) - began )) seconds"; exit $$status
 
+# The C interface of the packed kernels under address and undefined-behaviour sanitizers; minutes of compiling.
+sanitize: setup
+	$(BIN)/python -m pytest -q -m full tests/kernel/test_packed_fuzz.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +55,4 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 clean:
-	rm -rf $(VENV) .setup-began .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info src/bitfloor/ops/_native*
+	rm -rf $(VENV) .setup-began .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info src/bitfloor/ops/_native* src/bitfloor/ops/_packed*

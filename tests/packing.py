@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfloor.core.packed import PackedWeight, Segment, pack_segment
+from bitfloor.core.packed import PackedWeight, Segment, centre, pack_segment
 from bitfloor.formats.layout import NativeConfig, build_config
 from bitfloor.formats.native import encode, layout
 from bitfloor.formats.shards import CheckpointWriter
@@ -54,7 +54,7 @@ def random_segment(
     channel_scale: bool = False,
     dtype: torch.dtype = torch.float16,
 ) -> Segment:
-    """Random codes with random scales, some negative. ``zero`` is ``"packed"``, ``"offset"`` or a constant."""
+    """Random codes and scales, some negative. ``zero`` is ``"packed"``, ``"centre"``, ``"offset"`` or a constant."""
     groups = -(-columns // group_size)
 
     def normal(*shape: int) -> Tensor:
@@ -62,13 +62,14 @@ def random_segment(
 
     codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
     zeros = torch.randint(0, 2**bits, (rows, groups), generator=generator, dtype=torch.uint8)
+    named = {"packed": zeros, "centre": centre(bits), "offset": None}
     return pack_segment(
         codes,
         normal(rows, groups),
         bits=bits,
         group_size=group_size,
         start=start,
-        zero=zeros if zero == "packed" else None if zero == "offset" else int(zero),
+        zero=named[zero] if isinstance(zero, str) else zero,
         offset=normal(rows, groups) if zero == "offset" else None,
         channel_scale=normal(columns) if channel_scale else None,
     )

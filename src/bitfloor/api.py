@@ -21,7 +21,7 @@ from bitfloor.environment import environment as environment
 from bitfloor.evaluation.generate import generate_text
 from bitfloor.evaluation.limits import context_length
 from bitfloor.modeling.loader import SourceModel, open_source
-from bitfloor.ops import native
+from bitfloor.ops import native, packed_native
 from bitfloor.pipeline.allocator import steady_allocation
 from bitfloor.pipeline.events import Progress, silent
 from bitfloor.pipeline.export import export_dense
@@ -258,8 +258,8 @@ def generate(
     check_device(device)
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     model = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    # Until the packed kernels exist, a step would unpack every matrix anew; the float copy is made on first use.
-    cache_weights(model, True)
+    if torch.device(device).type != "cpu" or packed_native.load().library is None:
+        cache_weights(model, True)  # without kernels a step would unpack every matrix anew
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return generate_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat).text
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from bitfloor.ops import native
+from bitfloor.ops import native, packed_native
+from bitfloor.ops.packed_native import LEVELS
 
 EXTRAS = {
     "gguf": ("gguf", "reading .gguf models", "pip install gguf"),
@@ -37,7 +38,7 @@ def environment() -> dict[str, Any]:
         "kernels": {
             "reference (torch)": "active",
             "quantization (C++)": _rounding(),
-            "cpu (C++)": "not in this version; packed weights are dequantized panel by panel with torch",
+            "cpu (C++)": _packed(),
             "gpu (Triton)": "not in this version; packed weights are dequantized panel by panel with torch",
         },
         "extras": {
@@ -50,6 +51,13 @@ def environment() -> dict[str, Any]:
 def _rounding() -> str:
     reason = native.loaded().reason
     return f"not used: {reason}; torch computes the same values, more slowly" if reason else "active"
+
+
+def _packed() -> str:
+    found = packed_native.load()
+    if found.library is None:
+        return f"not used: {found.reason}; torch computes from packed weights panel by panel"
+    return f"active: {LEVELS[found.library.level]}"
 
 
 def _version(name: str) -> str:

@@ -129,9 +129,13 @@ def load_packed(
     """
     from transformers import AutoModelForCausalLM
 
+    from bitfloor.runtime.linear import use_huge_pages
+
     read_checkpoint(folder)
     logging.disable_progress_bar()  # it would write over the command line's own progress
     model = AutoModelForCausalLM.from_pretrained(
         Path(folder), dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
     )
-    return model.to(device)
+    model = model.to(device)
+    use_huge_pages(model)
+    return model

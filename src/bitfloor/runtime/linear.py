@@ -18,11 +18,29 @@ from torch import Tensor, nn
 
 from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.formats.files import TORCH_DTYPES
-from bitfloor.formats.layout import Layout, part_shapes
+from bitfloor.formats.layout import PARTS, SCALE_TYPES, Layout, part_shapes
 from bitfloor.formats.native import assemble
-from bitfloor.ops import reference
+from bitfloor.ops import packed, packed_native, reference
+from bitfloor.ops.backend import activations
+from bitfloor.ops.form import CONSTANT, OFFSET, PACKED
 
 ROWS = 16
+HUGE_PAGES_FROM = 1 << 22  # bytes of codes
+
+
+def form_of(layout: Layout) -> list[int]:
+    """A layout as the list of numbers that the operators take (:mod:`bitfloor.ops.form`)."""
+    order = layout["order"] or {"unit": 0, "count": 0}
+    scale_type = list(SCALE_TYPES).index(layout["scale_dtype"])
+    form = [*layout["shape"], order["unit"], order["count"], layout.get("rotation", 0)]
+    form += [int(bool(layout.get("channels"))), scale_type]
+    for segment in layout["segments"]:
+        zero = segment["zero"]
+        kind = OFFSET if zero is None else PACKED if zero == "packed" else CONSTANT
+        constant = (1 << segment["bits"]) - 1 if zero == "centre" else 2 * zero if kind == CONSTANT else 0
+        form += [segment["columns"], segment["bits"], segment["group_size"], kind]
+        form += [constant, int(segment["channel_scale"])]
+    return form
 
 
 class PackedMatrix(nn.Module):
@@ -56,6 +74,7 @@ class PackedMatrix(nn.Module):
     ) -> None:
         """Create the buffers on this module; split from ``__init__`` for modules that are converted in place."""
         self.layout = layout
+        self._form = form_of(layout)
         self._order_from = () if order_from is None else (order_from,)  # a tuple hides it from the module tree
         self._caching = False
         self._dense: Tensor | None = None
@@ -89,6 +108,10 @@ class PackedMatrix(nn.Module):
             parts["order"] = owner.get_buffer("order")
         return parts
 
+    def _part_list(self) -> list[Tensor]:
+        parts = self.parts()
+        return [parts[name] for name in PARTS if name in parts]
+
     def load_parts(self, parts: Mapping[str, Tensor]) -> None:
         """Copy stored tensors in, by part name (what :func:`bitfloor.formats.native.encode` returns, unprefixed)."""
         for name in self.part_names:
@@ -103,7 +126,7 @@ class PackedMatrix(nn.Module):
         """The whole matrix."""
         return self.panel(0, self.shape[0])
 
-    def _blocks(self, index: slice | Tensor, rows: int) -> PackedWeight:
+    def _blocks(self, index: slice, rows: int) -> PackedWeight:
         whole = ("channel_scale", "order", "channels")
         parts = {name: part if name in whole else part[index] for name, part in self.parts().items()}
         return assemble(self.layout, parts, rows)
@@ -129,18 +152,13 @@ class PackedMatrix(nn.Module):
         """``x W^T + bias``: ``[..., I]`` to ``[..., O]`` in the dtype of ``x``."""
         if self._caching:
             return F.linear(x, self.dense(x.dtype), None if bias is None else bias.to(x.dtype))
-        channels = self.get_buffer("channels").to(torch.int64) if self.layout.get("channels") else None
-        return reference.linear(x, self.shape, self.panel, bias, self.layout.get("rotation", 0), channels)
+        return packed.linear(x, self._part_list(), bias, self._form, activations())
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows ``ids [...]`` as ``[..., I]`` in the dtype of the activations; only their row blocks are read."""
         if self._dense is not None:
             return F.embedding(ids, self.dense())
-        if ids.numel() == 0:
-            return self.compute.new_empty(*ids.shape, self.shape[1])
-        blocks, inverse = torch.unique(ids // ROWS, return_inverse=True)
-        weight = self._blocks(blocks, ROWS * blocks.numel())
-        return reference.packed_embedding(weight, inverse * ROWS + ids % ROWS, self.compute.dtype)
+        return packed.embedding(ids, self._part_list(), self._form, self.compute.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedMatrix:
         """Move stored tensors with the model, but never convert them."""
@@ -269,3 +287,17 @@ def cache_weights(model: nn.Module, enabled: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, PackedMatrix):
             module.cache_weights(enabled)
+
+
+def use_huge_pages(model: nn.Module) -> None:
+    """Have the codes of large matrices on huge pages where the CPU's kernels read them; no value depends on it.
+
+    Args:
+        model: any module tree.
+    """
+    library = packed_native.load().library
+    for module in model.modules():
+        if isinstance(module, PackedMatrix) and library is not None:
+            codes = module.get_buffer("codes")
+            if codes.device.type == "cpu" and codes.numel() >= HUGE_PAGES_FROM:
+                library.ask_for_huge_pages(codes)

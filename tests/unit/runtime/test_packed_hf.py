@@ -19,6 +19,7 @@ from bitfloor._plugin import register_with_transformers
 from bitfloor.core.errors import InputError
 from bitfloor.formats.checkpoint import read_checkpoint
 from bitfloor.formats.files import open_tensors
+from bitfloor.ops.backend import reference
 from bitfloor.runtime.hf import load_packed
 from bitfloor.runtime.linear import PackedEmbedding, PackedLinear, TiedHead, cache_weights
 from bitfloor.runtime.swap import refusal
@@ -151,9 +152,20 @@ def test_activations_in_half_precision_leave_the_stored_tensors_alone(tied: Path
 
 def test_caching_weights_changes_no_logit(tied: Path) -> None:
     model = load_packed(tied)
-    logits = _logits(model)
+    with reference():
+        logits = _logits(model)
+    kernels = _logits(model)
     cache_weights(model)
     assert torch.equal(_logits(model), logits) and torch.equal(_logits(model), logits)
+    torch.testing.assert_close(kernels, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_many_rows_are_multiplied_to_the_last_bit_like_the_definition(tied: Path) -> None:
+    model, ids = load_packed(tied), IDS.repeat(3, 1)
+    with torch.no_grad():
+        kernels = model(ids).logits
+        with reference():
+            assert torch.equal(model(ids).logits, kernels)
 
 
 def _edit(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:

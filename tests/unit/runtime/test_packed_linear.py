@@ -14,6 +14,8 @@ from torch import nn
 from bitfloor.core.packed import PackedWeight, dequantize
 from bitfloor.formats.layout import PARTS
 from bitfloor.formats.native import encode, layout
+from bitfloor.ops import packed_native
+from bitfloor.ops.backend import reference
 from bitfloor.ops.reference import packed_linear
 from bitfloor.runtime.linear import (
     PackedEmbedding,
@@ -22,6 +24,7 @@ from bitfloor.runtime.linear import (
     TiedHead,
     cache_weights,
     convert_embedding,
+    use_huge_pages,
 )
 
 
@@ -121,7 +124,9 @@ def test_a_shared_order_is_held_once_and_copies_keep_sharing() -> None:
 def test_the_cache_keeps_and_drops_the_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(_linear(_weight()))
     x = torch.randn(3, 60, generator=torch.Generator().manual_seed(0))
-    plain = model(x)
+    with reference():
+        plain = model(x)
+    torch.testing.assert_close(model(x), plain)
     cache_weights(model)
     assert torch.equal(model(x), plain)
     monkeypatch.setattr(PackedMatrix, "panel", None)  # from here on only the cache can answer
@@ -151,13 +156,28 @@ def test_an_embedding_looks_rows_up_and_its_head_shares_the_matrix() -> None:
     assert torch.equal(embedding(ids), dense[ids])
     assert embedding(torch.empty(1, 0, dtype=torch.long)).shape == (1, 0, 20)
     x = torch.randn(2, 20, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(head(x), x @ dense.T)
+    torch.testing.assert_close(head(x), x @ dense.T)
     assert not [name for name in model.state_dict() if name.startswith("head")]
     cache_weights(model)
     assert torch.equal(head(x), x @ dense.T) and torch.equal(embedding(ids), dense[ids])
     copied = copy.deepcopy(model)
     assert copied["head"]._source[0] is copied["embedding"]
     assert copied.to(torch.bfloat16)["head"](x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_huge_pages_change_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = rtn(torch.randn(4096, 2048, generator=torch.Generator().manual_seed(0)), 8, 128)
+    module = _linear(weight, bias=False)
+    before, x = module.codes.clone(), torch.randn(1, 2048, generator=torch.Generator().manual_seed(1))
+    y = module(x)
+    asked: list[int] = []
+    library = packed_native.load().library
+    if library is not None:
+        ask = library.ask_for_huge_pages
+        monkeypatch.setattr(library, "ask_for_huge_pages", lambda codes: asked.append(codes.numel()) or ask(codes))
+    use_huge_pages(nn.ModuleList([module, _linear(_weight())]))
+    assert torch.equal(module.codes, before) and torch.equal(module(x), y)
+    assert asked == ([before.numel()] if library is not None else [])
 
 
 class _ScaledWordEmbedding(nn.Embedding):

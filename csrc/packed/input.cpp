@@ -1,0 +1,137 @@
+// The input side of a product, see input.h. ops/packed_reference.py defines it.
+
+#include "input.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "tile.h"
+
+namespace bitfloor {
+
+namespace {
+
+// Entry p of a list of indices below `entries`, in the smallest type that holds them.
+inline int64_t entry(const void* list, int64_t entries, int64_t p) {
+    if (entries <= 256) return static_cast<const uint8_t*>(list)[p];
+    if (entries <= 65536) return static_cast<const uint16_t*>(list)[p];
+    return static_cast<const uint32_t*>(list)[p];
+}
+
+inline float number(const void* x, int64_t type, int64_t i) {
+    if (type == 0) return static_cast<const float*>(x)[i];
+    const uint16_t half = static_cast<const uint16_t*>(x)[i];
+    return type == 1 ? from_half(half) : from_bfloat(half);
+}
+
+// x H of n columns, in place. Passes of increasing distance; the scale comes last.
+void hadamard(float* __restrict x, int64_t n) {
+    for (int64_t half = 1; half < n; half *= 2)
+        for (int64_t at = 0; at < n; at += 2 * half) {
+            float *a = x + at, *b = a + half;
+            for (int64_t j = 0; j < half; ++j) {
+                const float sum = a[j] + b[j], rest = a[j] - b[j];
+                a[j] = sum, b[j] = rest;
+            }
+        }
+    const float scale = (float)pow((double)n, -0.5);
+    for (int64_t j = 0; j < n; ++j) x[j] = x[j] * scale;
+}
+
+}  // namespace
+
+bool stored_index(const Plan& plan, const void* order, int32_t* index) {
+    if (!plan.unit) return true;
+    if (!order) return false;
+    const int64_t entries = up(plan.inputs, plan.unit);
+    int64_t at = 0;
+    for (int64_t p = 0; p < plan.count; ++p) {
+        const int64_t first = entry(order, entries, p) * plan.unit, last = least(first + plan.unit, plan.inputs);
+        if (first >= plan.inputs || at + last - first > plan.stored) return false;
+        for (int64_t j = first; j < last; ++j) index[at++] = (int32_t)j;
+    }
+    return at == plan.stored;
+}
+
+bool input_row(const Plan& plan, const void* channels, const void* x, int64_t type, int64_t i, float* row,
+               float* spare) {
+    const int64_t n = plan.inputs, start = i * n;
+    float* to = plan.channels ? spare : row;
+    if (type == 0)
+        memcpy(to, static_cast<const float*>(x) + start, sizeof(float) * (size_t)n);
+    else
+        for (int64_t j = 0; j < n; ++j) to[j] = number(x, type, start + j);
+    if (plan.channels) {
+        if (!channels) return false;
+        for (int64_t j = 0; j < n; ++j) {
+            const int64_t from = entry(channels, n, j);
+            if (from >= n) return false;
+            row[j] = spare[from];
+        }
+    }
+    int64_t done = 0;
+    for (int64_t block = plan.rotation; block; block /= 2)
+        for (; done + block <= n; done += block) hadamard(row + done, block);
+    return true;
+}
+
+void store_row(const Plan& plan, const int32_t* index, const uint16_t* channel_scale, const float* row, float* out) {
+    int64_t column = 0;
+    for (int64_t i = 0; i < plan.count_segments; ++i) {
+        const Segment& s = plan.segments[i];
+        float* to = out + s.at_column;
+        if (index)
+            for (int64_t j = 0; j < s.columns; ++j) to[j] = row[index[column + j]];
+        else
+            memcpy(to, row + column, sizeof(float) * (size_t)s.columns);
+        if (s.scaled) {
+            const uint16_t* by = channel_scale + s.at_channel;
+            for (int64_t j = 0; j < s.columns; ++j)
+                to[j] = to[j] * (plan.scale_type == HALF ? from_half(by[j]) : from_bfloat(by[j]));
+        }
+        memset(to + s.columns, 0, sizeof(float) * (size_t)(s.tiles * COLUMNS - s.columns));
+        column += s.columns;
+    }
+}
+
+void quantize_row(const Plan& plan, const float* x, int8_t* q, float* scale, int32_t* start, float* sum) {
+    static const float LEAST = 1e-30f;           // what is smaller counts as nothing
+    static const float TO_EVEN = 12582912.0f;    // 1.5 * 2^23: what has no place beside it is rounded half to even
+    for (int64_t i = 0; i < plan.count_segments; ++i) {
+        const Segment& s = plan.segments[i];
+        if (!s.group_tiles) continue;
+        float* sums = sum + s.at_group;
+        for (int64_t g = 0; g < s.groups; ++g) sums[g] = 0.0f;
+        const int64_t padded = s.tiles * COLUMNS;
+        for (int64_t at = 0, b = s.at_block; at < padded; at += s.block, ++b) {
+            const float* from = x + s.at_column + at;
+            int8_t* to = q + s.at_column + at;
+            const int64_t count = least(s.block, padded - at);
+            float lanes[32] = {0.0f}, any[32] = {0.0f};  // not a number stays one in `any`, which a maximum would drop
+            for (int64_t j = 0; j < count; j += 32)
+                for (int k = 0; k < 32; ++k) {
+                    const float size = fabsf(from[j + k]);
+                    lanes[k] = size > lanes[k] ? size : lanes[k];
+                    any[k] += from[j + k] * 0.0f;
+                }
+            float top = 0.0f, odd = 0.0f;
+            for (int k = 0; k < 32; ++k) top = lanes[k] > top ? lanes[k] : top, odd += any[k];
+            const bool finite = odd == 0.0f;
+            const float by = finite && top >= LEAST ? 127.0f / top : 0.0f;
+            int32_t total = 0;
+            for (int64_t j = 0; j < count; ++j) {
+                float value = (from[j] * by + TO_EVEN) - TO_EVEN;
+                value = finite ? value : 0.0f;
+                const int32_t rounded = (int32_t)value;
+                to[j] = (int8_t)rounded;
+                total += rounded;
+            }
+            scale[b] = finite ? (by > 0.0f ? top / 127.0f : 0.0f) : NAN;
+            start[b] = -total * (1 << (s.bits - 1));
+            const int64_t group = s.groups == 1 ? 0 : at / s.group_size;
+            sums[group] = sums[group] + scale[b] * (float)total;
+        }
+    }
+}
+
+}  // namespace bitfloor

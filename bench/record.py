@@ -47,13 +47,14 @@ METHOD_FOLDERS = ("methods/", "solvers/", "ops/")
 # What options there are and what they may be; which values were used is in the recipe's own hash.
 UNCOUNTED = ("methods/options.py", "methods/table.py")
 # The last stage, where a recipe has one.
-TUNING = ("pipeline/tune.py", "pipeline/student.py", "solvers/scales.py", "solvers/adamw.py")
+TUNING = ("pipeline/tune.py", "pipeline/student.py", "pipeline/whole.py", "solvers/scales.py", "solvers/adamw.py")
 # A fine-tune between two quantizations.
 RESTORING = (
     "pipeline/lessons.py",
     "pipeline/restore.py",
     "pipeline/restored.py",
     "pipeline/student.py",
+    "pipeline/whole.py",
     "modeling/adapters.py",
 )
 # Finding widths by group, where a recipe does; their solvers are those that these import.
@@ -69,6 +70,7 @@ ALLOCATORS = ("solvers/budget.py", "solvers/salience.py", "solvers/slim_bits.py"
 # Rounding a head towards its logits, where a recipe does.
 HEAD = (
     "pipeline/head.py",
+    "pipeline/whole.py",
     "pipeline/student.py",
     "methods/gptq.py",
     "solvers/gptq.py",

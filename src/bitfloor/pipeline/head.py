@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitfloor.calib.block import BlockRunner
-from bitfloor.calib.capture import capture
 from bitfloor.calib.stats import HessianSum
 from bitfloor.calib.streams import Stream
 from bitfloor.core.affine import Grid
@@ -28,6 +26,7 @@ from bitfloor.methods.options import GptqConfig
 from bitfloor.modeling.loader import SourceModel
 from bitfloor.pipeline.ends import Rounding
 from bitfloor.pipeline.student import Head, gives_tuple
+from bitfloor.pipeline.whole import last_states
 
 TOKENS_A_CHANNEL = 16  # more say nothing new about H
 LOOKED_UP = 0.1  # a, for a head that is the embedding
@@ -69,13 +68,7 @@ def shown_to_head(
     states = Stream(folder=None if spill is None else spill / "head")
     source.load_outer(device)
     try:
-        found = capture(source.skeleton, source.map.blocks_path, own, states)
-        for k in range(source.map.n_blocks):
-            path, matrices = source.map.block_path(k), source.map.block_matrices(k)
-            runner = BlockRunner(source.load_block(k, device), path, matrices, found.calls[k], products)
-            for i in range(len(states)):
-                states[i] = runner.forward(states[i], i)
-            source.release_block(k)
+        last_states(source, own, states, products, device)
         return shown_states(source, own, (state.to(device) for state in states), products, device)
     finally:
         states.close()

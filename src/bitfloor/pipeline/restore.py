@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from bitfloor.calib.block import BlockRunner
-from bitfloor.calib.capture import capture
 from bitfloor.calib.streams import Stream
 from bitfloor.core.heap import trim_heap
 from bitfloor.core.packed import dequantize
@@ -37,6 +35,7 @@ from bitfloor.pipeline.journal import ADAPTERS, ENDS, RESTORING, Entry, Journal,
 from bitfloor.pipeline.lessons import Lessons, RestoreConfig, Targets
 from bitfloor.pipeline.run import RunOptions
 from bitfloor.pipeline.student import Head, gives_tuple
+from bitfloor.pipeline.whole import last_states
 from bitfloor.solvers.adamw import AdamW
 
 LOOKS = 8  # at the held-out text, over the whole stage
@@ -229,14 +228,7 @@ class Restoring:
         folder = self.options.spill
         stream = Stream(folder=None if folder is None else folder / "teacher")
         self._streams.append(stream)
-        found = capture(source.skeleton, source.map.blocks_path, rows, stream)
-        for k in range(source.map.n_blocks):
-            module = source.load_block(k, device)
-            refs = source.map.block_matrices(k)
-            runner = BlockRunner(module, source.map.block_path(k), refs, found.calls[k], self.job.products)
-            for i in range(len(stream)):
-                stream[i] = runner.forward(stream[i], i)
-            source.release_block(k)
+        last_states(source, rows, stream, self.job.products, device)
         head = Head(source, self.job.products, as_tuple=gives_tuple(source, rows[0], device))
         return Teacher(head, stream)
 

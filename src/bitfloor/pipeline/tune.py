@@ -35,6 +35,7 @@ from bitfloor.pipeline.job import Assignment, Job
 from bitfloor.pipeline.journal import ENDS, STATE, TUNED, Entry, Journal, part_name, tuned_name
 from bitfloor.pipeline.run import RunOptions
 from bitfloor.pipeline.student import Head, Student, Update, gives_tuple, poured
+from bitfloor.pipeline.whole import last_states
 from bitfloor.solvers.adamw import AdamW
 
 HELD_OUT = 8  # one batch in so many is not learnt from
@@ -195,13 +196,8 @@ class Tuning:
         batches = [batch.to(device) for batch in self.batches]
         source.load_outer(device)
         path, embedding = source.map.blocks_path, source.map.embedding
-        found = capture(source.skeleton, path, batches, self._stream("float"))
-        teacher, calls = found.hidden, found.calls
-        for k in range(source.map.n_blocks):
-            runner = self.runner(k, calls)
-            for i in range(len(teacher)):
-                teacher[i] = runner.forward(teacher[i], i)
-            source.release_block(k)
+        teacher = self._stream("float")
+        last_states(source, batches, teacher, self.job.products, device)
         head = Head(source, self.job.products, as_tuple=gives_tuple(source, batches[0], device))
         tables = {}
         entry = self.journal.get(ENDS)

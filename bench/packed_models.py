@@ -1,7 +1,7 @@
 """Packed Llama checkpoints with random weights, of any shape: models to measure memory and speed of running on.
 
-Stored tensors are drawn directly, so a model of seven billion weights is made in the memory of one tensor. What it says
-is noise; what it takes to run does not depend on that. Scales are such that activations stay finite.
+Stored tensors are drawn directly, so a model of seven billion weights is made in the memory of one tensor. What it
+says is noise; what it takes to run does not depend on that. Scales are such that activations stay finite.
 """
 
 from __future__ import annotations

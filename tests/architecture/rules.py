@@ -29,6 +29,8 @@ LEVELS = {
     "recipe": 5,
     "scoring": 5,
     "planning": 5,
+    "talking": 5,
+    "serving": 5,
     "environment": 5,
     "api": 6,
     "cli": 7,

@@ -21,7 +21,8 @@ from typer.main import get_command
 from bitfloor.cli.allocate import allocate
 from bitfloor.cli.console import PipeClosed, print_error, print_text
 from bitfloor.cli.environment import env
-from bitfloor.cli.evaluate import evaluate, export, generate
+from bitfloor.cli.evaluate import evaluate, export
+from bitfloor.cli.generate import generate
 from bitfloor.cli.inspect import inspect
 from bitfloor.cli.quantize import plan, quantize
 from bitfloor.cli.recipes import app as recipes

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bitfloor.ops.backend import AUTO, FLOAT, activations
+from bitfloor.ops.backend import AUTO, FLOAT, REFERENCE, activations
 from bitfloor.ops.choice import computing, multiplies_packed
 from bitfloor.runtime.linear import cache_weights
 from bitfloor.runtime.load import load_model, load_tokenizer
@@ -69,6 +69,6 @@ def _load(model: AnyPath, compute: Compute, chosen: Callable[[], AbstractContext
     loaded = load_model(model, device=compute.device, dtype=dtype, trust_remote_code=compute.trust_remote_code)
     with chosen():
         rounds = activations() != FLOAT
-    if not multiplies_packed(compute.device) and not rounds:
+    if not multiplies_packed(compute.device) and not rounds and compute.backend != REFERENCE:
         cache_weights(loaded, True)  # without kernels a step would unpack every matrix anew
     return loaded, load_tokenizer(model, trust_remote_code=compute.trust_remote_code)

@@ -19,6 +19,7 @@ import typer
 from typer.main import get_command
 
 from bitfloor.cli.allocate import allocate
+from bitfloor.cli.chat import chat
 from bitfloor.cli.console import PipeClosed, print_error, print_text
 from bitfloor.cli.environment import env
 from bitfloor.cli.evaluate import evaluate, export
@@ -44,6 +45,7 @@ app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("generate")(generate)
+app.command("chat")(chat)
 app.command("export")(export)
 app.add_typer(recipes, name="recipes")
 app.command("plan")(plan)

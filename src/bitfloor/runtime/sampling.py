@@ -4,6 +4,7 @@ own."""
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,11 @@ from bitfloor.core.errors import BitfloorError, InputError
 
 LIKELY = 256  # tokens that are sorted first; their sum is nearly always enough for top_p
 SEEDS = 1 << 63  # seeds below this one
+
+
+def fresh_seed() -> int:
+    """A seed that nobody chose."""
+    return secrets.randbelow(SEEDS)
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,9 @@ class TextModel:
         """Tokens of a text to continue; an empty one gives the model's start token.
 
         Raises:
-            InputError: an empty prompt for a model without a start token.
+            InputError: an empty prompt for a model without a start token, or one that is no text.
         """
-        ids = list(self.tokenizer(prompt, verbose=False)["input_ids"])
+        ids = self._tokens(prompt, special=True)
         if ids:
             return ids
         for start in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self._model.config.bos_token_id):
@@ -109,10 +109,15 @@ class TextModel:
         except Exception as error:  # templates are programs that come with the model, and raise what they like
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
             raise InputError(f"The model's chat template refuses these messages: {reason}.") from error
-        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = self._tokens(text, special=False)
         if not ids:
             raise InputError("The model's chat template makes nothing of these messages; send at least one word.")
         return ids
+
+    def _tokens(self, text: str, *, special: bool) -> list[int]:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError("The text has half of a surrogate pair, which is no character; send it as UTF-8.")
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Refuse tokens that are not this model's.

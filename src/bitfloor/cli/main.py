@@ -27,6 +27,7 @@ from bitfloor.cli.generate import generate
 from bitfloor.cli.inspect import inspect
 from bitfloor.cli.quantize import plan, quantize
 from bitfloor.cli.recipes import app as recipes
+from bitfloor.cli.serve import serve
 from bitfloor.core.errors import BitfloorError
 
 PROGRAM = "bitfloor"
@@ -46,6 +47,7 @@ app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("export")(export)
 app.add_typer(recipes, name="recipes")
 app.command("plan")(plan)

@@ -22,7 +22,6 @@ def light_commands(folder: Folder, tmp_path: Path) -> list[list[str]]:
     return [
         ["--help"],
         ["quantize", "--help"],
-        ["serve", "--help"],
         ["--version"],
         ["recipes"],
         ["recipes", "ls"],
@@ -31,6 +30,7 @@ def light_commands(folder: Folder, tmp_path: Path) -> list[list[str]]:
         ["recipes", "validate", "gptq-w4g64"],
         ["inspect", str(folder.path)],
         ["inspect", str(folder.path), "--json"],
+        ["serve", "--help"],
     ]
 
 

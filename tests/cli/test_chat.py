@@ -19,11 +19,22 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_speaker(tmp_path_factory.mktemp("speaker"), context=160)
 
 
+class Terminal(io.TextIOWrapper):
+    """Says that somebody types into it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def talk(run: Run, speaker: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    def say(*lines: str, options: tuple[object, ...] = ("--temperature", 0), folder: Path = speaker) -> Outcome:
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        return run("chat", folder, "--max-new-tokens", 12, *options)
+    def say(
+        *lines: str, options: tuple[object, ...] = ("--temperature", 0), folder: Path = speaker, terminal: bool = False
+    ) -> Outcome:
+        data = "".join(f"{line}\n" for line in lines).encode("latin-1")
+        with (Terminal if terminal else io.TextIOWrapper)(io.BytesIO(data), encoding="utf-8") as stdin:
+            monkeypatch.setattr("sys.stdin", stdin)
+            return run("chat", folder, "--max-new-tokens", 12, *options)
 
     return say
 
@@ -37,6 +48,11 @@ def test_answers_go_to_stdout_and_how_fast_to_stderr(talk) -> None:
     assert first.startswith("[12 tokens, ") and "tokens/s; prompt of 20, first token after" in first
     assert first.endswith("; cut at --max-new-tokens]")
     assert "prompt of 59," in second  # 9 + 24 for the turn before, 15 + 11 for this one
+
+
+def test_bytes_that_are_no_text_are_answered_all_the_same(talk) -> None:
+    outcome = talk("Hi \xe9", "Hi")  # Latin-1 where UTF-8 is read
+    assert outcome.code == 0 and len(outcome.out.splitlines()) == 2
 
 
 def test_reset_forgets_and_quit_leaves(talk) -> None:
@@ -100,16 +116,11 @@ def test_ctrl_c_twice_leaves(talk, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("raised", "code"), [(EOFError, 0), (KeyboardInterrupt, 130)])
 def test_ctrl_d_and_ctrl_c_at_the_prompt_leave(talk, monkeypatch: pytest.MonkeyPatch, raised, code: int) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     def end(prompt: str) -> str:
         raise raised
 
-    monkeypatch.setattr(io, "StringIO", Terminal)
     monkeypatch.setattr("builtins.input", end)
-    outcome = talk("Hi")
+    outcome = talk("Hi", terminal=True)
     assert outcome.code == code and "Ctrl-C stops an answer" in outcome.err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import time
@@ -67,6 +68,8 @@ def chat(
     conversation = Conversation(model, system)
     if sys.stdin.isatty():
         print_note(HINT)
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text does not end the program
     asked = 0
     while (line := _read()) is not None:
         if line.strip() == QUIT:
@@ -88,8 +91,6 @@ def _read() -> str | None:
         except EOFError:
             sys.stdout.write("\n")
             return None
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
     line = sys.stdin.readline()
     return line.removesuffix("\n") if line else None
 

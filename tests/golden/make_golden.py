@@ -8,6 +8,7 @@ again; a test compares them byte for byte with the committed ones.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def make_matrix(numbers: Numbers, layout: dict[str, Any]) -> tuple[dict[str, byt
             for r in range(rows):
                 dense[r, channel] = f32(dense[r, channel] + stored[r, column])
     if "rotation" in layout:
-        dense = (dense.astype(np.float64) @ rotation_matrix(inputs, layout["rotation"])).astype(f32)
+        dense = product(dense.astype(np.float64), rotation_matrix(inputs, layout["rotation"])).astype(f32)
     if layout.get("channels"):
         # Column j of what was rotated is input channel channels[j].
         natural = np.zeros_like(dense)
@@ -160,6 +161,11 @@ def make_matrix(numbers: Numbers, layout: dict[str, Any]) -> tuple[dict[str, byt
         natural[:, channels] = dense
         dense = natural
     return {name: bytes(data) for name, data in parts.items() if data}, dense
+
+
+def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """``left @ right`` with sums rounded once: a library's own order of summing depends on the processor."""
+    return np.array([[math.fsum(row * column) for column in right.T] for row in left])
 
 
 def rotation_matrix(inputs: int, size: int) -> np.ndarray:

@@ -21,17 +21,27 @@ from bitfloor.pipeline.events import Event
 IDS = torch.tensor([[1, 5, 9, 20, 31]])
 
 
-@pytest.mark.parametrize(
-    ("sort", "method"),
-    [*((False, method) for method in METHODS), *((True, METHODS[i]) for i in (0, 3))],
-    ids=lambda part: part["name"] if isinstance(part, dict) else "sorted" if part else "natural",
-)
-@pytest.mark.parametrize("allocation", [SBA, BUDGET | {"average": 2.5}], ids=lambda part: part["policy"])
-@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def replays() -> list[Any]:
+    """Architecture, policy, sorted or not, method: every method on one architecture, the others where they differ."""
+    methods = [*((False, method) for method in METHODS), *((True, METHODS[i]) for i in (0, 3))]
+    quick = {("mixtral", "sba", False, "gptq"), ("mixtral", "budget", True, "bitfloor")}
+    quick |= {("gpt2", "sba", True, "bitfloor"), ("gpt2", "budget", False, "gptq")}
+    found = []
+    for name in ("llama", "mixtral", "gpt2"):
+        for allocation in (SBA, BUDGET | {"average": 2.5}):
+            for sort, method in methods:
+                seldom = name != "llama" and (name, allocation["policy"], sort, method["name"]) not in quick
+                label = "-".join((name, allocation["policy"], "sorted" if sort else "natural", method["name"]))
+                marks = [pytest.mark.full] if seldom else []
+                found.append(pytest.param(name, allocation, sort, method, id=label, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("name", "allocation", "sort", "method"), replays())
 def test_what_is_planned_is_stored_and_a_replay_gives_the_same_bytes(
     name: str,
-    sort: bool,
     allocation: dict[str, Any],
+    sort: bool,
     method: dict[str, Any],
     pico: Any,
     small: dict[str, Any],

@@ -23,7 +23,7 @@ import packed_models
 import record
 import synthetic
 
-PARTS = ("runtime", "formats/native.py", "core", "ops/packed.py", "ops/packed_native.py", "evaluation/generate.py")
+PARTS = ("runtime", "formats/native.py", "core", "ops/packed.py", "ops/packed_native.py")
 PROMPT, NEW = 256, 16
 VOCABULARY = 32_000
 SMALL = synthetic.Shape(layers=1, hidden=128, intermediate=256, head_dim=64)
@@ -31,11 +31,13 @@ TARGET = 1.15
 CHILD = """
 import json, resource, sys
 from bitfloor import api
-from bitfloor.evaluation.generate import generate_text
 from bitfloor.runtime.load import load_model, load_tokenizer
+from bitfloor.runtime.sampling import Settings
+from bitfloor.runtime.text_model import generate_text
 model = load_model(sys.argv[1], dtype=sys.argv[4])
 loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out = generate_text(model, load_tokenizer(sys.argv[1]), "a" * int(sys.argv[2]), max_new_tokens=int(sys.argv[3]))
+settings = Settings(max_new_tokens=int(sys.argv[3]))
+out = generate_text(model, load_tokenizer(sys.argv[1]), "a" * int(sys.argv[2]), settings)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"loaded": 1024 * loaded, "peak": 1024 * peak, "tokens": out.prompt_tokens + out.new_tokens}))
 """

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cells import NAMES, Results, markdown, needed
+from cells import NAMES, Results, markdown, needed, perplexity_cell
+
+# Rows of the table of perplexities below two bits, with the results they are made from.
+LADDER = (
+    ("one bit throughout, nothing learned", "ptq161+method.steps-0+method.ratio-0"),
+    ("mask of random channels, nothing learned", "ptq161+method.steps-0+method.score-random"),
+    ("mask by activations, nothing learned", "ptq161+method.steps-0"),
+    ("mask of random channels, 160 steps", "ptq161+method.steps-160+method.score-random"),
+    ("mask by activations, 160 steps, squared error alone", "ptq161+method.steps-160+method.cosine-false"),
+    ("mask by activations, 160 steps, with the cosine term", "ptq161+method.steps-160"),
+    ("the same, restored before", "ptq161-restored+method.steps-160"),
+    ("`ptq161`: 640 steps", "ptq161"),
+    ("`ptq161-restored`", "ptq161-restored"),
+    ("OmniQuant by whole rows, 2 bits", "omniquant-w2g64+spec.group_size--1"),
+    ("SignRound, 2 bits, groups of 64", "signround-w2g64+calibration.batch_size-4"),
+    ("`bitfloor-1.61`", "bitfloor-1.61"),
+)
 
 
 def shapes(results: Results) -> str:
@@ -54,6 +70,19 @@ def iq1(results: Results) -> str:
             told = found.get(name)
             cells += [f"{told['error_c4']:.4f}", f"{told['error_wiki']:.4f}"] if told else ["-", "-"]
     return markdown(headings, rows.values())
+
+
+def lowest(results: Results) -> str:
+    """PTQ1.61 part by part, and what else takes so few bits."""
+    rows = []
+    for label, name in LADDER:
+        content = results.get(f"yardstick/{name}")
+        if content is not None:
+            cells = [perplexity_cell(content["perplexity"][text]["ppl"]) for text in NAMES]
+            bits = [f"{content['bits_per_linear_weight']:.4f}", f"{content['bits_per_parameter']:.2f}"]
+            rows.append([label, *bits, *cells, f"{content['quantization']['cpu_seconds']:.0f}"])
+    headings = ["", "stored bits per linear weight", "per parameter", *NAMES.values(), "CPU-seconds"]
+    return markdown(headings, rows)
 
 
 def _range(values: Sequence[float], form: str) -> str:

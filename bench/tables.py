@@ -18,7 +18,7 @@ from typing import Any
 
 import record
 from cells import NAMES, Results, difference_cell, markdown, needed, perplexity_cell
-from lowest import iq1, multiples, parts, shapes
+from lowest import iq1, lowest, multiples, parts, shapes
 from mixed import averages, clipping, gains, second, slim
 
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
@@ -243,6 +243,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "multiples": multiples,
     "iq1": iq1,
     "parts": parts,
+    "lowest": lowest,
 }
 # Documents with marked tables.
 METHODS = record.ROOT / "docs" / "methods"

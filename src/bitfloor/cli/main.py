@@ -19,10 +19,11 @@ import typer
 from typer.main import get_command
 
 from bitfloor.cli.allocate import allocate
-from bitfloor.cli.console import PipeClosed, print_error, print_text
+from bitfloor.cli.console import PipeClosed, own_warnings, print_error, print_text
 from bitfloor.cli.environment import env
 from bitfloor.cli.evaluate import evaluate, export, generate
 from bitfloor.cli.inspect import inspect
+from bitfloor.cli.migrate import migrate
 from bitfloor.cli.quantize import plan, quantize
 from bitfloor.cli.recipes import app as recipes
 from bitfloor.core.errors import BitfloorError
@@ -44,6 +45,7 @@ app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("generate")(generate)
 app.command("export")(export)
+app.command("migrate")(migrate)
 app.add_typer(recipes, name="recipes")
 app.command("plan")(plan)
 app.command("allocate")(allocate)
@@ -82,7 +84,8 @@ def main(arguments: Sequence[str]) -> int:
     debug = DEBUG in arguments
     rest = [argument for argument in arguments if argument != DEBUG] or ["--help"]
     try:
-        code = _execute(rest)
+        with own_warnings():
+            code = _execute(rest)
         sys.stdout.flush()
         return code
     except (BrokenPipeError, PipeClosed):

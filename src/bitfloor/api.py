@@ -19,7 +19,7 @@ from bitfloor.data.sources import load_text
 from bitfloor.data.tokenize import calibration_batches
 from bitfloor.environment import environment as environment
 from bitfloor.evaluation.generate import generate_text
-from bitfloor.evaluation.limits import context_length
+from bitfloor.modeling.context import context_length
 from bitfloor.modeling.loader import SourceModel, open_source
 from bitfloor.ops import native, packed_native
 from bitfloor.pipeline.allocator import steady_allocation

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from bitfloor.core.errors import BitfloorError, InputError
-from bitfloor.evaluation.limits import context_length
+from bitfloor.modeling.context import context_length
 
 
 @dataclass(frozen=True)

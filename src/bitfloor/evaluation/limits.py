@@ -1,4 +1,4 @@
-"""What a model can read: its context length and its vocabulary, checked before any forward pass."""
+"""What a model can score: its context length and its vocabulary, checked before any forward pass."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from bitfloor.core.errors import InputError
-
-
-def context_length(model: Any) -> int | None:
-    """Tokens the model was made for, or None when its config does not say."""
-    length = getattr(_text_config(model), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+from bitfloor.modeling.context import context_length, text_config
 
 
 def check_windows(model: Any, windows: Tensor) -> None:
@@ -34,7 +29,7 @@ def check_windows(model: Any, windows: Tensor) -> None:
             f"seqlen = {windows.shape[1]:,} is longer than this model's context of {length:,} tokens; use at most that "
             "(--seqlen)."
         )
-    vocabulary = getattr(_text_config(model), "vocab_size", None)
+    vocabulary = getattr(text_config(model), "vocab_size", None)
     highest, lowest = int(windows.max()), int(windows.min())
     if lowest < 0 or (isinstance(vocabulary, int) and highest >= vocabulary):
         wrong = lowest if lowest < 0 else highest
@@ -42,8 +37,3 @@ def check_windows(model: Any, windows: Tensor) -> None:
             f"Token id {wrong} is outside this model's vocabulary of {vocabulary} tokens; "
             "tokenise the text with the model's own tokenizer."
         )
-
-
-def _text_config(model: Any) -> Any:
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -19,6 +19,7 @@ import typer
 from typer.main import get_command
 
 from bitfloor.cli.allocate import allocate
+from bitfloor.cli.bench import bench
 from bitfloor.cli.console import PipeClosed, own_warnings, print_error, print_text
 from bitfloor.cli.environment import env
 from bitfloor.cli.evaluate import evaluate, export, generate
@@ -46,6 +47,7 @@ app.command("inspect")(inspect)
 app.command("generate")(generate)
 app.command("export")(export)
 app.command("migrate")(migrate)
+app.command("bench")(bench)
 app.add_typer(recipes, name="recipes")
 app.command("plan")(plan)
 app.command("allocate")(allocate)

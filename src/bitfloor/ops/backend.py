@@ -64,6 +64,13 @@ def _choosing(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def automatic() -> Iterator[None]:
+    """Inside, kernels where there are some, in float, whatever the environment says."""
+    with _choosing(AUTO):
+        yield
+
+
+@contextmanager
 def reference() -> Iterator[None]:
     """Inside, packed weights are multiplied by the definition in torch, whatever the environment says."""
     with _choosing(REFERENCE):

@@ -1,7 +1,7 @@
 """One sequence that grows token by token: a cache, and the logits of what comes next.
 
-Whoever makes text (``generate``, ``chat``, ``serve``) asks a :class:`Decoder` and does not know what computes behind it:
-transformers' forward and its cache, for any model, or a native step for the common shapes, for speed.
+Whoever makes text (``generate``, ``chat``, ``serve``) asks a :class:`Decoder` and does not know what computes behind
+it: transformers' forward and its cache, for any model, or a native step for the common shapes, for speed.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Decoder(Protocol):
 class TransformersDecoder:
     """A :class:`Decoder` over any causal language model of transformers, with the cache that the model itself uses.
 
-    A cache that cannot be cut (a sliding window that has slid, a recurrent state) is computed again from the tokens when
-    something is appended after :meth:`truncate`. A model without a cache of the usual kind is run over the whole
+    A cache that cannot be cut (a sliding window that has slid, a recurrent state) is computed again from the tokens
+    when something is appended after :meth:`truncate`. A model without a cache of the usual kind is run over the whole
     sequence at every step.
 
     Args:

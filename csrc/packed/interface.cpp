@@ -19,8 +19,12 @@ enum Reason { DONE = 0, BAD_PLAN = 1, BAD_ORDER = 2, BAD_ROW = 3, NO_MEMORY = 4,
 static const int64_t HEADER = 7, EACH = 6;         // numbers of a form: of the matrix, and of every segment
 static const int64_t SMALL = 64 << 10;             // bytes of codes that are not worth a thread
 
+// The sets of this kind of processor: plain C++, and two that a processor may have or not.
+static const Kernels* second() { return avx2_kernels() ? avx2_kernels() : neon_kernels(); }
+static const Kernels* third() { return avx512_kernels() ? avx512_kernels() : neon_dot_kernels(); }
+
 static const Kernels* kernels(int64_t level) {
-    static const Kernels* const found[3] = {portable_kernels(), avx2_kernels(), avx512_kernels()};
+    static const Kernels* const found[3] = {portable_kernels(), second(), third()};
     for (int64_t i = level < 2 ? level : 2; i > 0; --i)
         if (found[i]) return found[i];
     return found[0];
@@ -63,8 +67,8 @@ using namespace bitfloor;
 
 PUBLIC int64_t bitfloor_packed_abi(void) { return PACKED_ABI; }
 
-// The best set of kernels of this machine: 0 portable, 1 AVX2, 2 AVX-512.
-PUBLIC int64_t bitfloor_packed_level(void) { return avx512_kernels() ? 2 : avx2_kernels() ? 1 : 0; }
+// The best set of kernels of this machine: 0 portable, 1 AVX2 or NEON, 2 AVX-512 or NEON with SDOT.
+PUBLIC int64_t bitfloor_packed_level(void) { return third() ? 2 : second() ? 1 : 0; }
 
 // Writes the plan of a form of `count` numbers to `out`, if `size` bytes hold it. Returns its size, or 0 for a form that
 // is none.

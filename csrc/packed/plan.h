@@ -83,6 +83,8 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();    // null where this machine, or this compiler, cannot
 const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+const Kernels* neon_dot_kernels();
 
 inline float middle(int64_t bits) { return 0.5f * (float)((1 << bits) - 1); }  // of the codes of a width
 

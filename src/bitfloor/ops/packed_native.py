@@ -2,7 +2,7 @@
 
 A library of its own beside that of :mod:`bitfloor.ops.native`, built and loaded in the same way. What it computes is
 defined by :mod:`bitfloor.ops.packed_reference`. It takes the best instruction set that it finds;
-``BITFLOOR_CPU=portable`` or ``avx2`` holds it to less, for tests and for comparing.
+``BITFLOOR_CPU=portable`` or ``avx2`` (``neon`` on ARM) holds it to less, for tests and for comparing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from platform import machine
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from bitfloor.core.errors import BitfloorError, InputError
 from bitfloor.ops.form import PARTS, Form
 
 CPU = "BITFLOOR_CPU"
-LEVELS = ("portable", "avx2", "avx512")
+ARM = ("aarch64", "arm64")
+# Instruction sets, from none on: what a processor of this kind may have.
+LEVELS = ("portable", "neon", "dotprod") if machine().lower() in ARM else ("portable", "avx2", "avx512")
 FOLDER = Path(__file__).resolve().parent
 ABI = 1  # of csrc/packed/interface.cpp: raised with every change of a signature or of a value
 MOST_ROWS = 8  # rows of x that one product takes

@@ -42,7 +42,7 @@ def build(folder: Path, shape: Shape, seed: int = 0) -> int:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = _write_tokenizer(folder)
+    vocabulary = write_tokenizer(folder)
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, shape.dtype)
 
@@ -60,7 +60,7 @@ def build(folder: Path, shape: Shape, seed: int = 0) -> int:
         where.update(dict.fromkeys(tensors, name))
         total += sum(tensor.nbytes for tensor in tensors.values())
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    _write_json(folder / "config.json", _config(shape, vocabulary))
+    _write_json(folder / "config.json", config_of(shape, vocabulary))
     return total
 
 
@@ -72,7 +72,8 @@ def _layer(k: int, shape: Shape) -> dict[str, tuple[int, ...]]:
     return {f"model.layers.{k}.{name}.weight": size for name, size in sizes.items()}
 
 
-def _config(shape: Shape, vocabulary: int) -> dict[str, Any]:
+def config_of(shape: Shape, vocabulary: int, *, tied: bool = True) -> dict[str, Any]:
+    """A Llama configuration."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -84,14 +85,14 @@ def _config(shape: Shape, vocabulary: int) -> dict[str, Any]:
         "num_key_value_heads": shape.heads,
         "head_dim": shape.head_dim,
         "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "dtype": shape.dtype,
     }
 
 
-def _write_tokenizer(folder: Path) -> int:
+def write_tokenizer(folder: Path) -> int:
     """A byte-level tokenizer without merges: one token a byte, and an end token. Returns the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

@@ -18,10 +18,10 @@ from bitfloor.core.errors import InputError
 from bitfloor.data.sources import load_text
 from bitfloor.data.tokenize import calibration_batches
 from bitfloor.environment import environment as environment
-from bitfloor.evaluation.generate import generate_text
 from bitfloor.modeling.context import context_length
 from bitfloor.modeling.loader import SourceModel, open_source
-from bitfloor.ops import native, packed_native
+from bitfloor.ops import native
+from bitfloor.ops.choice import check_device
 from bitfloor.pipeline.allocator import steady_allocation
 from bitfloor.pipeline.events import Progress, silent
 from bitfloor.pipeline.export import export_dense
@@ -36,8 +36,9 @@ from bitfloor.recipe.job import make_job
 from bitfloor.recipe.load import load_recipe
 from bitfloor.recipe.schema import Recipe
 from bitfloor.runtime.hf import load_packed
-from bitfloor.runtime.linear import cache_weights
-from bitfloor.runtime.load import load_model, load_tokenizer
+from bitfloor.runtime.sampling import Settings
+from bitfloor.runtime.text_model import TextModel
+from bitfloor.talking import Compute, continue_text, open_text_model
 
 AnyPath = str | os.PathLike[str]
 AnyRecipe = AnyPath | Mapping[str, Any]
@@ -256,6 +257,8 @@ def generate(
     device: str = "cpu",
     chat: bool = False,
     trust_remote_code: bool = False,
+    backend: str = "auto",
+    activations: str | None = None,
 ) -> str:
     """Continue a prompt greedily with a packed model, or with a float one for comparison.
 
@@ -265,20 +268,41 @@ def generate(
         max_new_tokens: at most so many.
         device: ``"cpu"`` or ``"cuda"``.
         chat: wrap the prompt as a user message by the model's chat template.
+        trust_remote_code: allow Python code that comes with the model.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"triton"``.
+        activations: ``"float"`` or ``"int8"``; None as ``BITFLOOR_BACKEND`` says, float by default.
 
     Returns:
         The new text only.
 
     Raises:
-        InputError: not a bitfloor checkpoint, or a prompt longer than the model's context.
+        InputError: not a bitfloor checkpoint, a prompt longer than the model's context, or a backend that is not there.
     """
     check_device(device)
-    dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-    model = load_model(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    if torch.device(device).type != "cpu" or packed_native.load().library is None:
-        cache_weights(model, True)  # without kernels a step would unpack every matrix anew
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    return generate_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat).text
+    compute = Compute(device, backend, activations, trust_remote_code)
+    return continue_text(folder, prompt, Settings(max_new_tokens=max_new_tokens), compute, chat=chat).text
+
+
+def text_model(
+    folder: AnyPath,
+    *,
+    device: str = "cpu",
+    backend: str = "auto",
+    activations: str | None = None,
+    context: int | None = None,
+    trust_remote_code: bool = False,
+) -> TextModel:
+    """A model that makes text piece by piece, and remembers the last one: what ``chat`` and ``serve`` talk to.
+
+    Args:
+        folder, device, backend, activations, trust_remote_code: as for :func:`generate`.
+        context: most tokens, prompt and text together; None for what the model was made for.
+
+    Raises:
+        InputError: nothing usable there, or a backend that is not there.
+    """
+    check_device(device)
+    return open_text_model(folder, Compute(device, backend, activations, trust_remote_code), context=context)
 
 
 def _plan_data(recipe: Recipe, job: Job) -> tuple[int, int, int] | None:
@@ -352,22 +376,6 @@ def check_calibration(recipe: Recipe, job: Job, source: SourceModel, calibration
     if calibration is not None and not reads and (recipe.restore is None or recipe.restore.text is not None):
         why = "needs none" if recipe.restore is None else "calibrates on none, and restore.text is another"
         raise InputError(f"the calibration text {calibration!r} would not be read: {recipe.name} {why}; leave it out.")
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        InputError: unknown, or no such accelerator.
-    """
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise InputError(f"device {device!r} is unknown; use cpu or cuda.") from error
-    if kind not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r} is not supported; use cpu or cuda.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device!r} was asked for but torch sees no CUDA device; use --device cpu.")
 
 
 def _short(model: AnyPath) -> str:

@@ -18,6 +18,7 @@ EXTRAS = {
     "parquet": ("pyarrow", "reading .parquet texts", "pip install pyarrow"),
     "hub": ("datasets", "reading hf: texts", "pip install datasets"),
     "restore": ("peft", "restoring a quantized model", "pip install peft"),
+    "serve": ("uvicorn", "bitfloor serve", "pip install starlette uvicorn"),
 }
 PACKAGES = ("bitfloor", "torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "pydantic", "numpy")
 FLAGS = ("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")

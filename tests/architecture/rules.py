@@ -30,6 +30,8 @@ LEVELS = {
     "scoring": 5,
     "planning": 5,
     "benching": 5,
+    "talking": 5,
+    "serving": 5,
     "environment": 5,
     "api": 6,
     "cli": 7,
@@ -50,9 +52,11 @@ HOMES: dict[str, tuple[str, ...]] = {
     "click": ("cli/",),
     "rich": ("cli/",),
     "triton": ("ops/triton/",),
+    "starlette": ("serving/",),
+    "uvicorn": ("serving/",),
 }
 # Optional extras and conveniences: wherever they are needed, but in one file only.
-ONE_SITE = ("gguf", "pyarrow", "datasets", "accelerate", "huggingface_hub", "numpy", "peft")
+ONE_SITE = ("gguf", "pyarrow", "datasets", "accelerate", "huggingface_hub", "numpy", "peft", "starlette", "uvicorn")
 # These must start fast; what they need of torch they reach through the api, inside a command.
 WITHOUT_TORCH = ("cli/", "recipe/", "core/headers.py", "formats/layout.py", "formats/atomic.py", "_plugin.py")
 

@@ -18,6 +18,7 @@ MORE_PARAMETERS = {
     "cli/": "the parameters of a command are its options",
     "api.py:quantize": "the public entry point: what (model, out, recipe) and how, each asked for by the command line",
     "api.py:evaluate": "the public entry point of scoring",
+    "api.py:generate": "the public entry point of making text",
     "core/packed.py:pack_segment": "a segment has that many parts",
     "solvers/gptq.py:gptq": "a matrix, what entered it, a grid; every option is a number or a matrix of its own",
     "ops/rounding.py:sign_step": "a kernel: four matrices, a grid and its shape, and a rate",

@@ -175,9 +175,12 @@ def test_plan_folds_equal_matrices_of_all_blocks(run: Run, fake: Any) -> None:
 def test_generate_prints_the_prompt_and_its_continuation(run: Run, fake: Any) -> None:
     fake.generate.return_value = " there [bold]was"
     assert run("generate", "D", "Once upon a time", "--max-new-tokens", 3).out == "Once upon a time there [bold]was\n"
-    assert fake.generate.call_args.kwargs == {"max_new_tokens": 3, "device": "cpu", "chat": False}
+    defaults = {"device": "cpu", "chat": False, "backend": "auto", "activations": None}
+    assert fake.generate.call_args.kwargs == {"max_new_tokens": 3, **defaults}
     fake.generate.return_value = "Hello."
-    assert run("generate", "D", "Hi", "--chat").out == "Hello.\n"
+    assert run("generate", "D", "Hi", "--chat", "--backend", "cpu", "--activations", "int8").out == "Hello.\n"
+    given = fake.generate.call_args.kwargs
+    assert (given["chat"], given["backend"], given["activations"]) == (True, "cpu", "int8")
 
 
 def test_export_names_what_it_wrote(run: Run, fake: Any) -> None:

@@ -30,6 +30,7 @@ def light_commands(folder: Folder, tmp_path: Path) -> list[list[str]]:
         ["recipes", "validate", "gptq-w4g64"],
         ["inspect", str(folder.path)],
         ["inspect", str(folder.path), "--json"],
+        ["serve", "--help"],
     ]
 
 
@@ -71,6 +72,8 @@ def cpu_seconds(command: list[str]) -> float:
         (["inspect", "--jsn", "a"], "--jsn"),
         (["recipes", "shwo"], "No such command 'shwo'"),
         (["generate", "D", "p", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["chat", "D", "--context", "1"], "--context"),
+        (["serve", "D", "--queue", "-1"], "--queue"),
     ],
 )
 def test_wrong_usage_is_a_sentence_and_exit_2(run: Run, arguments: list[str], says: str) -> None:
@@ -87,7 +90,7 @@ def test_the_package_runs_as_a_module() -> None:
 def test_help_names_every_command(run: Run) -> None:
     outcome = run()
     assert outcome.code == 0 and outcome == run("--help")
-    for command in ("quantize", "eval", "inspect", "generate", "export", "recipes", "plan", "env"):
+    for command in ("quantize", "eval", "inspect", "generate", "chat", "serve", "export", "recipes", "plan", "env"):
         assert f"  {command} " in outcome.out
 
 

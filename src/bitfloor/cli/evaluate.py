@@ -1,4 +1,4 @@
-"""``bitfloor eval``, ``generate`` and ``export``: what can be done with a model or a quantized folder."""
+"""``bitfloor eval`` and ``export``: what can be done with a model or a quantized folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitfloor.cli.console import display, in_bytes, in_short, print_json, print_note, print_text, table
+from bitfloor.cli.console import display, in_bytes, in_short, print_json, print_note, table
 from bitfloor.cli.progress import watching
 from bitfloor.cli.quantize import Device, TrustRemoteCode
 
@@ -95,20 +95,6 @@ def verdict(interval: list[float] | tuple[float, float] | None) -> str:
     if high < NOT_WORSE:
         return "not worse"
     return "worse" if low > 0 else "undecided"
-
-
-def generate(
-    folder: Folder,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="How many to add.")] = 64,
-    chat: Annotated[bool, typer.Option("--chat", help="Send PROMPT as a message and print the reply alone.")] = False,
-    device: Device = "cpu",
-) -> None:
-    """Continue a prompt with a quantized model."""
-    from bitfloor import api
-
-    text = api.generate(folder, prompt, max_new_tokens=max_new_tokens, device=device, chat=chat)
-    print_text(text if chat else prompt + text)
 
 
 def export(

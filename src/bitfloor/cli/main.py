@@ -20,13 +20,16 @@ from typer.main import get_command
 
 from bitfloor.cli.allocate import allocate
 from bitfloor.cli.bench import bench
+from bitfloor.cli.chat import chat
 from bitfloor.cli.console import PipeClosed, own_warnings, print_error, print_text
 from bitfloor.cli.environment import env
-from bitfloor.cli.evaluate import evaluate, export, generate
+from bitfloor.cli.evaluate import evaluate, export
+from bitfloor.cli.generate import generate
 from bitfloor.cli.inspect import inspect
 from bitfloor.cli.migrate import migrate
 from bitfloor.cli.quantize import plan, quantize
 from bitfloor.cli.recipes import app as recipes
+from bitfloor.cli.serve import serve
 from bitfloor.core.errors import BitfloorError
 
 PROGRAM = "bitfloor"
@@ -45,6 +48,8 @@ app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("export")(export)
 app.command("migrate")(migrate)
 app.command("bench")(bench)

@@ -1,1 +1,1 @@
-"""Scoring: perplexity, divergence from the float model, paired statistics, generation."""
+"""Scoring: perplexity, divergence from the float model, paired statistics."""

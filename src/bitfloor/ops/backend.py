@@ -55,7 +55,8 @@ def activations() -> str:
 
 
 @contextmanager
-def _choosing(name: str) -> Iterator[None]:
+def choosing(name: str) -> Iterator[None]:
+    """Inside, one of ``BACKENDS``, whatever the environment says."""
     token = _chosen.set(name)
     try:
         yield
@@ -64,21 +65,14 @@ def _choosing(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def automatic() -> Iterator[None]:
-    """Inside, kernels where there are some, in float, whatever the environment says."""
-    with _choosing(AUTO):
-        yield
-
-
-@contextmanager
 def reference() -> Iterator[None]:
     """Inside, packed weights are multiplied by the definition in torch, whatever the environment says."""
-    with _choosing(REFERENCE):
+    with choosing(REFERENCE):
         yield
 
 
 @contextmanager
 def int8() -> Iterator[None]:
     """Inside, packed modules round their inputs to int8, block by block: faster, and no longer exact."""
-    with _choosing(INT8):
+    with choosing(INT8):
         yield

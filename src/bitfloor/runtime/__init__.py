@@ -1,1 +1,1 @@
-"""L3: packed modules inside a Hugging Face skeleton, and whole models to run."""
+"""L3: packed modules inside a Hugging Face skeleton, whole models to run, and the text they make."""

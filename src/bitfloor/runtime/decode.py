@@ -63,8 +63,7 @@ class TransformersDecoder:
     """
 
     def __init__(self, model: Any, max_length: int | None = None) -> None:
-        known = [length for length in (context_length(model), max_length) if length is not None]
-        self.context = min(known, default=None)
+        self.context = _bound(model, max_length)
         self._model = model
         self._device = next(iter([*model.parameters(), *model.buffers()])).device
         accepted = inspect.signature(model.forward).parameters
@@ -136,6 +135,11 @@ class TransformersDecoder:
         return logits
 
 
+def _bound(model: Any, max_length: int | None) -> int | None:
+    """Most tokens of a sequence: the least of what is asked for and what the model was made for."""
+    return min((length for length in (context_length(model), max_length) if length is not None), default=None)
+
+
 def _can_be_cut(layer: Any) -> bool:
     if type(layer) is DynamicSlidingWindowLayer:
         return bool(layer.get_seq_length() < layer.sliding_window)
@@ -149,9 +153,10 @@ def open_decoder(model: Any, max_length: int | None = None) -> Decoder:
         model: a causal language model of transformers, in evaluation mode.
         max_length: most tokens the sequence will hold; None for the model's context.
     """
-    if backend() != REFERENCE and find_spec(NATIVE) is not None:
+    bound = _bound(model, max_length)
+    if bound is not None and backend() != REFERENCE and find_spec(NATIVE) is not None:
         native = import_module(NATIVE)
         if native.why_not(model) is None:
-            decoder: Decoder = native.NativeDecoder(model, max_length)
+            decoder: Decoder = native.NativeDecoder(model, bound)
             return decoder
     return TransformersDecoder(model, max_length)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from bitfloor.modeling.context import context_length, text_config
 from bitfloor.modeling.loader import open_source
 from bitfloor.modeling.skeleton import build_skeleton
 from bitfloor.ops import packed_native
-from bitfloor.ops.backend import REFERENCE, automatic, int8, of_process
+from bitfloor.ops.backend import AUTO, INT8, REFERENCE, choosing, of_process
 from bitfloor.runtime.decode import Decoder, open_decoder
 from bitfloor.runtime.kernel_speed import ReadLoop, Say
 from bitfloor.runtime.linear import PackedEmbedding, PackedMatrix, TiedHead
@@ -180,7 +181,8 @@ def _bench_model(folder: Path, options: SpeedOptions, say: Say) -> dict[str, Any
 
 
 def _packed(model: nn.Module, name: str, length: int) -> Contestant:
-    within = int8 if name == "int8" else nullcontext if of_process() == REFERENCE else automatic
+    chosen = INT8 if name == "int8" else REFERENCE if of_process() == REFERENCE else AUTO
+    within = partial(choosing, chosen)
     with within():
         decoder = open_decoder(model, length)
     return Contestant(name, decoder, within, *weight_bytes(model), "float32")

@@ -94,7 +94,8 @@ def test_bounds() -> None:
     model = pico_model("llama")
     assert open_decoder(model).context == 128
     assert open_decoder(model, 200).context == 128
-    decoder = open_decoder(model, 10)
+    assert open_decoder(model, 10).context == 10
+    decoder = TransformersDecoder(model, 10)
     assert decoder.context == 10
     decoder.prefill(IDS[:10])
     with pytest.raises(InputError, match="10 tokens and 1 more do not fit in a context of 10"):

@@ -15,6 +15,7 @@
 #endif
 
 #include "product.h"
+#include "rows.h"
 #include "unpack.h"
 
 namespace bitfloor {
@@ -44,6 +45,7 @@ struct Narrow {
         if (count != ROWS) memcpy(to, whole, sizeof(float) * count);
     }
     static F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
+    static F mul(F a, F b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
     static F add(F a, F b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
     static F sub(F a, F b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
     static F integers(__m256i a, __m256i b) { return {_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}; }
@@ -177,7 +179,8 @@ struct Narrow {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-    static const Kernels found = {Product<Narrow>::in_float, Product<Narrow>::in_int8, unpack_rows};
+    static const Kernels found = {Product<Narrow>::in_float, Product<Narrow>::in_int8, unpack_rows, Rows<Narrow>::dense,
+                                  Rows<Narrow>::attend,        norm_row,                gate_row};
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &found : nullptr;
 }
 

@@ -18,6 +18,7 @@
 #endif
 
 #include "product.h"
+#include "rows.h"
 #include "unpack.h"
 
 namespace bitfloor {
@@ -74,6 +75,7 @@ struct Wide {
     static F load(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(first(count), from); }
     static void store(float* to, F value, int64_t count) { _mm512_mask_storeu_ps(to, first(count), value); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static F halves(const uint16_t* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
@@ -190,7 +192,8 @@ struct Wide {
 }  // namespace
 
 const Kernels* avx512_kernels() {
-    static const Kernels found = {Product<Wide>::in_float, Product<Wide>::in_int8, unpack_rows};
+    static const Kernels found = {Product<Wide>::in_float, Product<Wide>::in_int8, unpack_rows, Rows<Wide>::dense,
+                                  Rows<Wide>::attend,        norm_row,                gate_row};
     const bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") &&

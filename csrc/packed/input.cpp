@@ -25,7 +25,7 @@ inline float number(const void* x, int64_t type, int64_t i) {
 }
 
 // x H of n columns, in place. Passes of increasing distance; the scale comes last.
-void hadamard(float* __restrict x, int64_t n) {
+VERSIONS void hadamard(float* __restrict x, int64_t n) {
     for (int64_t half = 1; half < n; half *= 2)
         for (int64_t at = 0; at < n; at += 2 * half) {
             float *a = x + at, *b = a + half;
@@ -53,26 +53,32 @@ bool stored_index(const Plan& plan, const void* order, int32_t* index) {
     return at == plan.stored;
 }
 
-bool input_row(const Plan& plan, const void* channels, const void* x, int64_t type, int64_t i, float* row,
-               float* spare) {
-    const int64_t n = plan.inputs, start = i * n;
-    float* to = plan.channels ? spare : row;
-    if (type == 0)
-        memcpy(to, static_cast<const float*>(x) + start, sizeof(float) * (size_t)n);
-    else
-        for (int64_t j = 0; j < n; ++j) to[j] = number(x, type, start + j);
-    if (plan.channels) {
-        if (!channels) return false;
-        for (int64_t j = 0; j < n; ++j) {
-            const int64_t from = entry(channels, n, j);
-            if (from >= n) return false;
-            row[j] = spare[from];
-        }
+bool channel_index(const Plan& plan, const void* channels, int32_t* index) {
+    if (!plan.channels) return true;
+    if (!channels) return false;
+    for (int64_t j = 0; j < plan.inputs; ++j) {
+        const int64_t from = entry(channels, plan.inputs, j);
+        if (from >= plan.inputs) return false;
+        index[j] = (int32_t)from;
     }
+    return true;
+}
+
+void rotate(const Plan& plan, float* x) {
     int64_t done = 0;
     for (int64_t block = plan.rotation; block; block /= 2)
-        for (; done + block <= n; done += block) hadamard(row + done, block);
-    return true;
+        for (; done + block <= plan.inputs; done += block) hadamard(x + done, block);
+}
+
+void input_row(const Plan& plan, const int32_t* channels, const void* x, int64_t type, int64_t i, float* row) {
+    const int64_t n = plan.inputs, start = i * n;
+    if (type == 0 && !channels)
+        memcpy(row, static_cast<const float*>(x) + start, sizeof(float) * (size_t)n);
+    else if (type == 0)
+        for (int64_t j = 0; j < n; ++j) row[j] = static_cast<const float*>(x)[start + channels[j]];
+    else
+        for (int64_t j = 0; j < n; ++j) row[j] = number(x, type, start + (channels ? channels[j] : j));
+    rotate(plan, row);
 }
 
 void store_row(const Plan& plan, const int32_t* index, const uint16_t* channel_scale, const float* row, float* out) {
@@ -94,7 +100,7 @@ void store_row(const Plan& plan, const int32_t* index, const uint16_t* channel_s
     }
 }
 
-void quantize_row(const Plan& plan, const float* x, int8_t* q, float* scale, int32_t* start, float* sum) {
+VERSIONS void quantize_row(const Plan& plan, const float* x, int8_t* q, float* scale, int32_t* start, float* sum) {
     static const float LEAST = 1e-30f;           // what is smaller counts as nothing
     static const float TO_EVEN = 12582912.0f;    // 1.5 * 2^23: what has no place beside it is rounded half to even
     for (int64_t i = 0; i < plan.count_segments; ++i) {

@@ -12,14 +12,12 @@
 namespace bitfloor {
 
 // To be raised with every change of a signature or of a value; ABI in ops/packed_native.py must follow.
-static const int64_t PACKED_ABI = 1;
-
-enum Reason { DONE = 0, BAD_PLAN = 1, BAD_ORDER = 2, BAD_ROW = 3, NO_MEMORY = 4, BAD_CALL = 5 };
+static const int64_t PACKED_ABI = 2;
 
 static const int64_t HEADER = 7, EACH = 6;         // numbers of a form: of the matrix, and of every segment
 static const int64_t SMALL = 64 << 10;             // bytes of codes that are not worth a thread
 
-static const Kernels* kernels(int64_t level) {
+const Kernels* kernels(int64_t level) {
     static const Kernels* const found[3] = {portable_kernels(), avx2_kernels(), avx512_kernels()};
     for (int64_t i = level < 2 ? level : 2; i > 0; --i)
         if (found[i]) return found[i];
@@ -98,6 +96,13 @@ PUBLIC int64_t bitfloor_packed_plan(const int64_t* form, int64_t count, void* ou
     return needed;
 }
 
+// Input channels as int32: `index` [stored] of every stored column, `before` [inputs] of every column before the rotation.
+// Nothing is written where they are in natural order.
+PUBLIC int64_t bitfloor_packed_index(const Plan* plan, const void* order, const void* channels, int32_t* index,
+                                     int32_t* before) {
+    return stored_index(*plan, order, index) && channel_index(*plan, channels, before) ? DONE : BAD_ORDER;
+}
+
 // x [m, inputs] of x_type (0 float32, 1 float16, 2 bfloat16) to out [m, padded] float32: channels put into order,
 // rotated, put into stored order, times the channel scales, 0 in the padding of segments.
 PUBLIC int64_t bitfloor_packed_input(const Plan* plan, const void* channels, const void* order,
@@ -106,11 +111,12 @@ PUBLIC int64_t bitfloor_packed_input(const Plan* plan, const void* channels, con
     if (m < 0 || x_type < 0 || x_type > 2) return BAD_CALL;
     int32_t* index = static_cast<int32_t*>(scratch(4 * (plan->stored + 2 * plan->inputs), 1));
     if (!index) return NO_MEMORY;
-    if (!stored_index(*plan, order, index)) return BAD_ORDER;
-    float* row = reinterpret_cast<float*>(index + plan->stored);
+    int32_t* by = index + plan->stored;
+    if (!stored_index(*plan, order, index) || !channel_index(*plan, channels, by)) return BAD_ORDER;
+    float* row = reinterpret_cast<float*>(by + plan->inputs);
     for (int64_t i = 0; i < m; ++i) {
-        if (!input_row(*plan, channels, x, x_type, i, row, row + plan->inputs)) return BAD_ORDER;
-        store_row(*plan, order ? index : nullptr, channel_scale, row, out + i * plan->padded);
+        input_row(*plan, plan->channels ? by : nullptr, x, x_type, i, row);
+        store_row(*plan, plan->unit ? index : nullptr, channel_scale, row, out + i * plan->padded);
     }
     return DONE;
 }

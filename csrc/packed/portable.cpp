@@ -1,6 +1,7 @@
 // The kernels in plain C++, for every processor.
 
 #include "product.h"
+#include "rows.h"
 #include "unpack.h"
 
 namespace bitfloor {
@@ -30,6 +31,9 @@ struct Plain {
     }
     static F fma(const F& a, const F& b, const F& c) {
         return made([&](int i) { return a.of[i] * b.of[i] + c.of[i]; });
+    }
+    static F mul(const F& a, const F& b) {
+        return made([&](int i) { return a.of[i] * b.of[i]; });
     }
     static F add(const F& a, const F& b) {
         return made([&](int i) { return a.of[i] + b.of[i]; });
@@ -97,7 +101,8 @@ struct Plain {
 }  // namespace
 
 const Kernels* portable_kernels() {
-    static const Kernels found = {Product<Plain>::in_float, Product<Plain>::in_int8, unpack_rows};
+    static const Kernels found = {Product<Plain>::in_float, Product<Plain>::in_int8, unpack_rows, Rows<Plain>::dense,
+                                  Rows<Plain>::attend,        norm_row,                gate_row};
     return &found;
 }
 

@@ -27,10 +27,7 @@ static const int64_t SMALL_ROWS = 16 << 10;        // floats
 struct Prepared {
     const float* x;  // what is multiplied: `stored`, or the input itself
     float* stored;   // [m, padded]
-    int8_t* q;       // as in Job
-    float* q_scale;
-    int32_t* q_start;
-    float* q_sum;
+    Digits digits;   // as in Job
 };
 
 struct Decoder {
@@ -48,8 +45,7 @@ struct Run {
     Decoder& d;
     const Kernels& kernels;
     int64_t start, m;  // position of the first token of the chunk, tokens
-    bool integers;
-    int64_t threads;
+    int64_t digits, threads;
 };
 
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -141,8 +137,9 @@ void share_out(Decoder& d, Pieces& pieces) {
     pieces.take(d.turned, m * inputs);
     pieces.take(d.sines, m * s.head_dim);
     for (Prepared& own : d.prepared) {
-        pieces.take(own.stored, m * padded), pieces.take(own.q, m * padded);
-        pieces.take(own.q_scale, m * blocks), pieces.take(own.q_start, m * blocks), pieces.take(own.q_sum, m * groups);
+        pieces.take(own.stored, m * padded), pieces.take(own.digits.q, 3 * m * padded);
+        pieces.take(own.digits.scale, m * blocks), pieces.take(own.digits.start, 3 * m * blocks);
+        pieces.take(own.digits.sum, m * groups);
     }
 }
 
@@ -194,9 +191,11 @@ void prepare(const Run& run, const Matrix& a, const float* x, const Prepared& ow
             if (turned && a.shared < ROW) input_row(plan, a.channels, x, 0, i, row);
             store_row(plan, a.index, a.parts.channel_scale, turned ? row : x + i * plan.inputs, own.stored + i * plan.padded);
         }
-        if (run.integers && a.shared < ROUNDED)
-            quantize_row(plan, own.x + i * plan.padded, own.q + i * plan.padded, own.q_scale + i * plan.blocks,
-                         own.q_start + i * plan.blocks, own.q_sum + i * plan.groups);
+        const Digits& to = own.digits;
+        if (a.shared < ROUNDED)
+            round_row(plan, own.x + i * plan.padded, run.digits,
+                      {to.q + i * run.digits * plan.padded, to.scale + i * plan.blocks,
+                       to.start + i * run.digits * plan.blocks, to.sum + i * plan.groups});
     }
 }
 
@@ -225,13 +224,11 @@ void multiply_blocks(const Run& run, const Product& p, int64_t first, int64_t la
     }
     const Plan& plan = *a.plan;
     for (int64_t at = 0; at < run.m; at += MOST_ROWS) {
-        Job job = {&plan, a.parts, least(MOST_ROWS, run.m - at), p.own.x + at * plan.padded, a.bias,
-                   p.y + at * plan.rows, nullptr, nullptr, nullptr, nullptr};
-        if (run.integers) {
-            job.q = p.own.q + at * plan.padded, job.q_scale = p.own.q_scale + at * plan.blocks;
-            job.q_start = p.own.q_start + at * plan.blocks, job.q_sum = p.own.q_sum + at * plan.groups;
-        }
-        (run.integers ? run.kernels.product_int8 : run.kernels.product)(job, first, last);
+        const Digits& of = p.own.digits;
+        const Job job = {&plan, a.parts, least(MOST_ROWS, run.m - at), run.digits, p.own.x + at * plan.padded, a.bias,
+                         p.y + at * plan.rows, of.q + at * run.digits * plan.padded, of.scale + at * plan.blocks,
+                         of.start + at * run.digits * plan.blocks, of.sum + at * plan.groups};
+        run.kernels.product(job, first, last);
     }
 }
 
@@ -415,7 +412,7 @@ PUBLIC int64_t bitfloor_decoder_run(void* decoder, const int64_t* ids, int64_t s
     const Shape& s = d->model.shape;
     for (int64_t i = 0; i < count; ++i)
         if (ids[i] < 0 || ids[i] >= s.vocabulary) return BAD_ROW;
-    Run run = {*d, *kernels(level), start, 0, integers != 0, threads};
+    Run run = {*d, *kernels(level), start, 0, integers ? 1 : 3, threads};
     for (int64_t at = 0; at < count; at += run.m) {
         run.start = start + at, run.m = least(CHUNK_TOKENS, count - at);
         embed(run, ids + at);

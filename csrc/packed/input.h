@@ -22,8 +22,14 @@ void rotate(const Plan& plan, float* x);
 // In stored order, with channel scales, segments padded with zeros: out [padded].
 void store_row(const Plan& plan, const int32_t* index, const uint16_t* channel_scale, const float* row, float* out);
 
-// Symmetric int8 of blocks of columns: q [padded], scale and start [blocks], sum [groups].
-void quantize_row(const Plan& plan, const float* x, int8_t* q, float* scale, int32_t* start, float* sum);
+// A row of x [padded] in digits, block by block of columns: see Job.
+struct Digits {
+    int8_t* q;       // [digits, padded]
+    float* scale;    // [blocks]
+    int32_t* start;  // [digits, blocks]
+    float* sum;      // [groups]
+};
+void round_row(const Plan& plan, const float* x, int64_t digits, const Digits& out);
 
 }  // namespace bitfloor
 

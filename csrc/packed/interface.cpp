@@ -139,23 +139,21 @@ PUBLIC int64_t bitfloor_packed_product(const Plan* plan, const void* const* part
     if (m == 0) return DONE;
     Call call = {};
     Job& job = call.job;
-    job.plan = plan, job.m = m, job.x = x, job.bias = bias, job.y = y;
+    job.plan = plan, job.m = m, job.digits = integers ? 1 : 3, job.x = x, job.bias = bias, job.y = y;
     job.parts.codes = static_cast<const uint8_t*>(parts[0]), job.parts.scale = static_cast<const uint16_t*>(parts[1]);
     job.parts.zero = static_cast<const uint8_t*>(parts[2]), job.parts.offset = static_cast<const uint16_t*>(parts[3]);
-    const Kernels* own = kernels(level);
-    call.run = integers ? own->product_int8 : own->product;
-    if (integers) {
-        const int64_t floats = m * (2 * plan->blocks + plan->groups);
-        float* q_scale = static_cast<float*>(scratch(4 * floats + m * plan->padded, 1));
-        if (!q_scale) return NO_MEMORY;
-        float* q_sum = q_scale + m * plan->blocks;
-        int32_t* q_start = reinterpret_cast<int32_t*>(q_sum + m * plan->groups);
-        int8_t* q = reinterpret_cast<int8_t*>(q_start + m * plan->blocks);
-        for (int64_t i = 0; i < m; ++i)
-            quantize_row(*plan, x + i * plan->padded, q + i * plan->padded, q_scale + i * plan->blocks,
-                         q_start + i * plan->blocks, q_sum + i * plan->groups);
-        job.q = q, job.q_scale = q_scale, job.q_start = q_start, job.q_sum = q_sum;
-    }
+    call.run = kernels(level)->product;
+    const int64_t blocks = plan->blocks, padded = job.digits * plan->padded;
+    const int64_t numbers = (1 + job.digits) * blocks + plan->groups;  // of 32 bits, of a row
+    float* q_scale = static_cast<float*>(scratch(m * (4 * numbers + padded), 1));
+    if (!q_scale) return NO_MEMORY;
+    float* q_sum = q_scale + m * blocks;
+    int32_t* q_start = reinterpret_cast<int32_t*>(q_sum + m * plan->groups);
+    int8_t* q = reinterpret_cast<int8_t*>(q_start + m * job.digits * blocks);
+    for (int64_t i = 0; i < m; ++i)
+        round_row(*plan, x + i * plan->padded, job.digits,
+                  {q + i * padded, q_scale + i * blocks, q_start + i * job.digits * blocks, q_sum + i * plan->groups});
+    job.q = q, job.q_scale = q_scale, job.q_start = q_start, job.q_sum = q_sum;
     if (plan->code_bytes * plan->row_blocks < SMALL) threads = 1;
     each_range(product_task, &call, plan->row_blocks, 2, threads);
     return DONE;

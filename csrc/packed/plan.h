@@ -15,6 +15,7 @@
 #else
 #define VERSIONS
 #endif
+#define INLINE static inline __attribute__((always_inline))
 
 namespace bitfloor {
 
@@ -63,18 +64,19 @@ struct Parts {
     const void* order;
 };
 
-// A product with up to MOST_ROWS rows of x.
+// A product with m rows of x.
 struct Job {
     const Plan* plan;
     Parts parts;
     int64_t m;
-    const float* x;        // [m, padded], channel scales and order applied, 0 in padding
-    const float* bias;     // [rows] or null
-    float* y;              // [m, rows]
-    const int8_t* q;       // int8 activations [m, padded], else null
-    const float* q_scale;  // [m, blocks]
-    const int32_t* q_start;  // [m, blocks]: - middle * sum of q, where a dot product begins
-    const float* q_sum;    // [m, groups]: sum of the rounded x of a group
+    int64_t digits;          // of x: 1 or 3
+    const float* x;          // [m, padded], channel scales and order applied, 0 in padding
+    const float* bias;       // [rows] or null
+    float* y;                // [m, rows]
+    const int8_t* q;         // [m, digits, padded], the digit that counts most first
+    const float* q_scale;    // [m, blocks], of the last digit; each before it counts 256 times as much
+    const int32_t* q_start;  // [m, digits, blocks]: - middle * sum of q, where a dot product begins
+    const float* q_sum;      // [m, groups]: sum of the x of a group, as their digits have it
 };
 
 // Rows of a matrix to be dense: the columns of each in natural order.
@@ -110,7 +112,6 @@ struct Attention {
 
 struct Kernels {
     void (*product)(const Job& job, int64_t first, int64_t last);  // row blocks
-    void (*product_int8)(const Job& job, int64_t first, int64_t last);
     void (*unpack)(const Dense& dense, int64_t first, int64_t last);  // rows of out
     void (*dense)(const DenseJob& job, int64_t first, int64_t last);  // rows
     void (*attend)(const Attention& attention, int64_t first, int64_t last);  // of rows * heads

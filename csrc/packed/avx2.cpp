@@ -24,6 +24,7 @@ namespace {
 static const int64_t AHEAD = 8192;  // bytes that the int8 product asks for in advance
 
 struct Narrow {
+    static constexpr bool BLOCKED = false;
     struct F {
         __m256 a, b;  // rows 0 to 7, 8 to 15
     };
@@ -146,7 +147,7 @@ struct Narrow {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-    static const Kernels found = {Product<Narrow>::few, unpack_rows, Rows<Narrow>::dense,
+    static const Kernels found = {Product<Narrow>::all, unpack_rows, Rows<Narrow>::dense,
                                   Rows<Narrow>::attend, norm_row, gate_row};
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &found : nullptr;
 }

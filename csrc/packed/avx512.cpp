@@ -66,6 +66,7 @@ struct alignas(64) Spread {
 };
 
 struct Wide {
+    static constexpr bool BLOCKED = true;
     using F = __m512;
 
     static F zero() { return _mm512_setzero_ps(); }
@@ -147,12 +148,45 @@ struct Wide {
 #pragma GCC unroll 3
         for (int d = 0; d < D; ++d) out[d] = _mm512_cvtepi32_ps(total<B, D>(sums, d, std::make_index_sequence<S>{}));
     }
+
+    using Quad = __m512i;
+    template <int B>
+    static inline __attribute__((always_inline)) void decoded(const uint8_t* codes, Quad* quads) {
+        constexpr Fields all = fields(B);
+#pragma GCC unroll 8
+        for (int quad = 0; quad < 8; ++quad) quads[quad] = _mm512_setzero_si512();
+#pragma GCC unroll 12
+        for (int f = 0; f < all.count; ++f) {
+            const Field field = all.of[f];
+            const __m512i line = _mm512_loadu_si512(codes + field.line * LINE);
+            const __m512i bits = _mm512_and_si512(_mm512_srli_epi32(line, field.at),
+                                                  _mm512_set1_epi8((char)((1 << field.width) - 1)));
+            quads[field.quad] = _mm512_or_si512(quads[field.quad], _mm512_slli_epi32(bits, field.low));
+        }
+    }
+    template <int T, int D>
+    static inline __attribute__((always_inline)) void dot_quads(const Quad* quads, const int8_t* q, int64_t stride,
+                                                                const int32_t* start, int64_t blocks, F* out) {
+#pragma GCC unroll 3
+        for (int d = 0; d < D; ++d) {
+            __m512i even = _mm512_set1_epi32(start[d * blocks]), odd = _mm512_setzero_si512();
+#pragma GCC unroll 8
+            for (int quad = 0; quad < 8 * T; quad += 2) {
+                int32_t a, b;
+                memcpy(&a, q + d * stride + 4 * quad, 4);
+                memcpy(&b, q + d * stride + 4 * quad + 4, 4);
+                even = _mm512_dpbusd_epi32(even, quads[quad], _mm512_set1_epi32(a));
+                odd = _mm512_dpbusd_epi32(odd, quads[quad + 1], _mm512_set1_epi32(b));
+            }
+            out[d] = _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
+        }
+    }
 };
 
 }  // namespace
 
 const Kernels* avx512_kernels() {
-    static const Kernels found = {Product<Wide>::few, unpack_rows, Rows<Wide>::dense,
+    static const Kernels found = {Product<Wide>::all, unpack_rows, Rows<Wide>::dense,
                                   Rows<Wide>::attend, norm_row, gate_row};
     const bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

@@ -223,13 +223,9 @@ void multiply_blocks(const Run& run, const Product& p, int64_t first, int64_t la
         return;
     }
     const Plan& plan = *a.plan;
-    for (int64_t at = 0; at < run.m; at += MOST_ROWS) {
-        const Digits& of = p.own.digits;
-        const Job job = {&plan, a.parts, least(MOST_ROWS, run.m - at), run.digits, p.own.x + at * plan.padded, a.bias,
-                         p.y + at * plan.rows, of.q + at * run.digits * plan.padded, of.scale + at * plan.blocks,
-                         of.start + at * run.digits * plan.blocks, of.sum + at * plan.groups};
-        run.kernels.product(job, first, last);
-    }
+    const Digits& of = p.own.digits;
+    const Job job = {&plan, a.parts, run.m, run.digits, p.own.x, a.bias, p.y, of.q, of.scale, of.start, of.sum};
+    run.kernels.product(job, first, last);
 }
 
 // ys[i] [m, rows] = x [m, inputs] times matrix i: what they share of the input side is done once, and they share the

@@ -8,6 +8,7 @@ namespace bitfloor {
 namespace {
 
 struct Plain {
+    static constexpr bool BLOCKED = false;
     struct F {
         float of[16];
     };
@@ -76,7 +77,7 @@ struct Plain {
 }  // namespace
 
 const Kernels* portable_kernels() {
-    static const Kernels found = {Product<Plain>::few, unpack_rows, Rows<Plain>::dense,
+    static const Kernels found = {Product<Plain>::all, unpack_rows, Rows<Plain>::dense,
                                   Rows<Plain>::attend, norm_row, gate_row};
     return &found;
 }

@@ -10,8 +10,9 @@
 // which is (2^(b-1) - zero) * scale for a zero-point. What is summed in which order depends on V and on how many rows x has,
 // and on nothing else: not on threads.
 //
-// V has: F (16 floats, one a row) with zero, set, load, store, mul, fma, sub; halves, bfloats and zeros as F;
-// dot<B, tiles or 0, digits>(), and where BLOCKED says so Quads with decode<B>() and dot_quads<tiles>().
+// V has: F (16 floats, one a row) with zero, set, load, store, mul, fma, add, sub; halves, bfloats and zeros as F;
+// dot<B, tiles or 0, digits>(); and BLOCKED, with it Quad (columns 4q to 4q + 3 of 16 rows), decoded<B>() and
+// dot_quads<tiles, digits>().
 
 #ifndef BITFLOOR_PACKED_PRODUCT_H
 #define BITFLOOR_PACKED_PRODUCT_H
@@ -137,6 +138,96 @@ struct Product {
 #define BITFLOOR_INTEGERS(B) integers<B, D>(job, s, rb, y)
         BITFLOOR_FOR_WIDTH(s.bits, BITFLOOR_INTEGERS)
 #undef BITFLOOR_INTEGERS
+    }
+
+    // -- many rows: tiles are decoded once for all of them ---------------------------------------------------------------
+
+    // T tiles from column `at` on, in one block of x. `start`, or nothing: the block begins with these tiles, or before.
+    template <int B, int D, int T>
+    static inline __attribute__((always_inline)) void tiles_of_many(const Job& job, const uint8_t* codes, int64_t at,
+                                                                    int64_t block, bool start, F by, float* y) {
+        static const int32_t nothing[3] = {0, 0, 0};
+        const Plan& plan = *job.plan;
+        typename V::Quad quads[8 * T];
+        for (int t = 0; t < T; ++t) V::template decoded<B>(codes + t * LINE * B, quads + 8 * t);
+        for (int64_t m = 0; m < job.m; ++m) {
+            F whole[D];
+            V::template dot_quads<T, D>(quads, job.q + m * D * plan.padded + at, plan.padded,
+                                        start ? job.q_start + m * D * plan.blocks + block : nothing,
+                                        start ? plan.blocks : 1, whole);
+            const F found = scaled_digits(job, m * plan.blocks + block, D, whole);
+            V::store(y + m * ROWS, V::fma(by, found, V::load(y + m * ROWS, ROWS)), ROWS);
+        }
+    }
+    template <int B, int D>
+    static void blocked(const Job& job, const Segment& s, int64_t rb, float* y) {
+        const Plan& plan = *job.plan;
+        const uint8_t* codes = job.parts.codes + rb * plan.code_bytes + s.at_code;
+        const int64_t per = s.block / COLUMNS;
+        for (int64_t group = 0; group < s.groups; ++group) {
+            const int64_t begin = group * s.group_tiles, end = least(s.tiles, begin + s.group_tiles);
+            const F by = scale(job, s, rb, group), add = shift<B>(job, s, rb, group, by, (float)(1 << (B - 1)));
+            for (int64_t t = begin; t < end;) {
+                const int64_t block = s.at_block + t / per, left = least(per - t % per, end - t), step = left > 1 ? 2 : 1;
+                const int64_t at = s.at_column + t * COLUMNS;
+                if (step == 2)
+                    tiles_of_many<B, D, 2>(job, codes + t * LINE * B, at, block, t % per == 0, by, y);
+                else
+                    tiles_of_many<B, D, 1>(job, codes + t * LINE * B, at, block, t % per == 0, by, y);
+                t += step;
+            }
+            for (int64_t m = 0; m < job.m; ++m) {
+                const F all = V::set(job.q_sum[m * plan.groups + s.at_group + group]);
+                V::store(y + m * ROWS, V::fma(add, all, V::load(y + m * ROWS, ROWS)), ROWS);
+            }
+        }
+    }
+    template <int D>
+    static void blocked_segment(const Job& job, const Segment& s, int64_t rb, float* y) {
+#define BITFLOOR_BLOCKED(B) blocked<B, D>(job, s, rb, y)
+        BITFLOOR_FOR_WIDTH(s.bits, BITFLOOR_BLOCKED)
+#undef BITFLOOR_BLOCKED
+    }
+
+    // Rows `at` on of x.
+    static Job rows_of(const Job& job, int64_t at, int64_t count) {
+        const Plan& plan = *job.plan;
+        Job found = job;
+        found.m = count, found.x += at * plan.padded, found.y += at * plan.rows, found.q += at * job.digits * plan.padded;
+        found.q_scale += at * plan.blocks, found.q_start += at * job.digits * plan.blocks, found.q_sum += at * plan.groups;
+        return found;
+    }
+
+    static void many(const Job& job, int64_t first, int64_t last, float* y) {
+        const Plan& plan = *job.plan;
+        for (int64_t rb = first; rb < last; ++rb) {
+            const int64_t rows = height(job, rb);
+            const F bias = job.bias ? V::load(job.bias + rb * ROWS, rows) : V::zero();
+            for (int64_t m = 0; m < job.m; ++m) V::store(y + m * ROWS, bias, ROWS);
+            for (int64_t i = 0; i < plan.count_segments; ++i) {
+                const Segment& s = plan.segments[i];
+                if (!s.group_tiles) continue;
+                if (job.digits == 1)
+                    blocked_segment<1>(job, s, rb, y);
+                else
+                    blocked_segment<3>(job, s, rb, y);
+            }
+            for (int64_t m = 0; m < job.m; ++m)
+                V::store(job.y + m * plan.rows + rb * ROWS, V::load(y + m * ROWS, ROWS), rows);
+            for (int64_t i = 0; i < plan.count_segments; ++i)
+                for (int64_t at = 0; !plan.segments[i].group_tiles && at < job.m; at += MOST_ROWS)
+                    any(rows_of(job, at, least(MOST_ROWS, job.m - at)), plan.segments[i], rb);
+        }
+    }
+
+    // Any number of rows of x.
+    static void all(const Job& job, int64_t first, int64_t last) {
+        if constexpr (V::BLOCKED) {
+            float* y = job.m > MOST_ROWS ? static_cast<float*>(scratch(4 * ROWS * job.m, 0)) : nullptr;
+            if (y) return many(job, first, last, y);
+        }
+        for (int64_t at = 0; at < job.m; at += MOST_ROWS)
+            few(rows_of(job, at, least(MOST_ROWS, job.m - at)), first, last);
     }
 
     // Up to MOST_ROWS rows of x.

@@ -270,7 +270,13 @@ def shared_with(matrix: MatrixParts, before: MatrixParts | None) -> int:
         return NOTHING
     cuts = [[(s.columns, s.scaled) for s in form.segments] for form in (a, b)]
     types = a.numbers[6] == b.numbers[6] or "channel_scale" not in given
-    if cuts[0] != cuts[1] or not types or a.numbers[2:4] != b.numbers[2:4] or not same("order") or not same("channel_scale"):
+    if (
+        cuts[0] != cuts[1]
+        or not types
+        or a.numbers[2:4] != b.numbers[2:4]
+        or not same("order")
+        or not same("channel_scale")
+    ):
         return ROW
     blocks = [[(s.bits, s.group_size) for s in form.segments] for form in (a, b)]
     return ROUNDED if blocks[0] == blocks[1] else STORED

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bitfloor.ops.decoder_native import DecoderParts, LayerParts, MatrixParts
@@ -34,6 +33,13 @@ def read_model(model: Any) -> DecoderParts:
     Raises:
         NotNative: it is none that is known.
     """
+    try:
+        return _read(model)
+    except AttributeError as error:
+        raise NotNative(f"it is not built as it should be ({error})") from error
+
+
+def _read(model: Any) -> DecoderParts:
     family = _family(model)
     inner, config = model.model, model.config
     _check(family, model, "ForCausalLM", {"model", "lm_head"})
@@ -49,12 +55,12 @@ def read_model(model: Any) -> DecoderParts:
         embedding=_matrix(inner.embed_tokens),
         head=_matrix(model.lm_head),
         layers=layers,
-        norm=_norm(family, inner.norm, inner.norm.variance_epsilon),
+        norm=_norm(family, inner.norm, config.rms_norm_eps),
         frequencies=_frequencies(family, inner.rotary_emb, head_dim),
         heads=layers[0].q.shape[0] // head_dim,
         kv_heads=layers[0].k.shape[0] // head_dim,
         head_dim=head_dim,
-        epsilon=inner.norm.variance_epsilon,
+        epsilon=config.rms_norm_eps,
         scaling=attention.scaling,
         rope_scaling=inner.rotary_emb.attention_scaling,
     )
@@ -104,7 +110,7 @@ def _layer(family: str, index: int, layer: Any, config: Any) -> LayerParts:
         raise NotNative("its attention is not causal")
     # Mistral has one window for all layers; the newer ones say it layer by layer; Llama has none.
     window = config.sliding_window if family == "mistral" else getattr(attention, "sliding_window", None)
-    epsilon = layer.input_layernorm.variance_epsilon
+    epsilon = config.rms_norm_eps
     return LayerParts(
         *(_matrix(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
         *(_matrix(getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")),
@@ -131,8 +137,6 @@ def _check_layers(inner: Any, parts: DecoderParts) -> None:
         alike = attention.head_dim == parts.head_dim and attention.scaling == parts.scaling
         if [matrix.shape for matrix in own] != shapes or not alike:
             raise NotNative("its layers are not of one shape")
-        if module.input_layernorm.variance_epsilon != parts.epsilon:
-            raise NotNative("its norms do not all have one epsilon")
 
 
 def _matrix(module: nn.Module) -> MatrixParts:

@@ -112,10 +112,6 @@ class PackedMatrix(nn.Module):
         parts = self.parts()
         return [parts[name] for name in PARTS if name in parts]
 
-    def operands(self) -> tuple[list[int], list[Tensor]]:
-        """Form and parts, as the operators take them (:mod:`bitfloor.ops.form`)."""
-        return self._form, self._part_list()
-
     def load_parts(self, parts: Mapping[str, Tensor]) -> None:
         """Copy stored tensors in, by part name (what :func:`bitfloor.formats.native.encode` returns, unprefixed)."""
         for name in self.part_names:
@@ -245,11 +241,6 @@ class TiedHead(nn.Module):
         self._source = (source,)  # a tuple hides it from the module tree
         self.out_features, self.in_features = source.shape
         self.register_parameter("bias", bias)
-
-    @property
-    def source(self) -> PackedMatrix:
-        """The module that holds the matrix."""
-        return self._source[0]
 
     @property
     def weight(self) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitfloor.ops.decoder_native import DecoderParts, LayerParts, MatrixParts
-from bitfloor.ops.form import read_form
+from bitfloor.ops.form import PARTS, read_form
 from bitfloor.ops.packed_native import TYPES
-from bitfloor.runtime.linear import PackedEmbedding, PackedLinear, PackedMatrix, TiedHead
+from bitfloor.runtime.linear import PackedEmbedding, PackedLinear, PackedMatrix, TiedHead, form_of
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
@@ -143,12 +143,13 @@ def _matrix(module: nn.Module) -> MatrixParts:
     _check_untouched(module)
     bias = getattr(module, "bias", None)
     if isinstance(module, TiedHead):
-        source = _matrix(module.source)
+        source = _matrix(module._source[0])
         return MatrixParts(source.form, source.parts, source.dense, _on_cpu(bias))
     if type(module) in (PackedLinear, PackedEmbedding):
         assert isinstance(module, PackedMatrix)
-        form, parts = module.operands()
-        return MatrixParts(read_form(tuple(form)), tuple(map(_on_cpu, parts)), None, _on_cpu(bias))
+        parts = module.parts()
+        given = tuple(_on_cpu(parts[name]) for name in PARTS if name in parts)
+        return MatrixParts(read_form(tuple(form_of(module.layout))), given, None, _on_cpu(bias))
     if type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None):
         weight = module.weight
         assert isinstance(weight, Tensor)

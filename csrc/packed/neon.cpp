@@ -9,7 +9,8 @@
 namespace bitfloor {
 
 const Kernels* neon_kernels() {
-    static const Kernels found = {Product<Neon<false>>::in_float, Product<Neon<false>>::in_int8, unpack_rows};
+    static const Kernels found = {Product<Neon<false>>::all, unpack_rows, Rows<Neon<false>>::dense,
+                                  Rows<Neon<false>>::attend, norm_row, gate_row};
     return &found;
 }
 

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "product.h"
+#include "rows.h"
 #include "unpack.h"
 
 namespace bitfloor {
@@ -33,22 +34,12 @@ struct alignas(16) Spread {
     }
 };
 
-// Byte j of every row, four times: the index of an element of a table of floats begins with it.
-struct alignas(16) Repeat {
-    uint8_t bytes[4][16];
-    constexpr Repeat() : bytes() {
-        for (int j = 0; j < 4; ++j)
-            for (int i = 0; i < 16; ++i) bytes[j][i] = (uint8_t)(i / 4 * 4 + j);
-    }
-};
-
 template <bool DOT>
 struct Neon {
+    static constexpr bool BLOCKED = false;
     struct F {
         float32x4_t of[4];  // rows 0 to 3, 4 to 7, ...
     };
-    static const int64_t TABLE = 128;  // of 16 for every four bits of a dword
-
     template <class Each>
     static inline __attribute__((always_inline)) F made(const Each& each) {
         F found;
@@ -106,54 +97,6 @@ struct Neon {
         return made([=](int i) {
             return vcvtq_f32_u32(vandq_u32(vshlq_u32(vld1q_u32(from + 4 * i), by), vdupq_n_u32(255)));
         });
-    }
-
-    // by[j][t]: what bit t of byte j adds. A bit that is set counts half of it, one that is not minus half.
-    static void tables(const float (*by)[8], float* out) {
-        for (int half = 0; half < 8; ++half) {
-            const float* w = by[half / 2] + half % 2 * 4;
-            // Bits 0 and 1 tell the lanes of a register apart, bits 2 and 3 the registers.
-            const float low = 0.5f * w[0], high = 0.5f * w[1];
-            const float lanes[4] = {-low - high, low - high, high - low, low + high};
-            const float32x4_t base = vld1q_f32(lanes);
-            for (int i = 0; i < 4; ++i) {
-                const float rest = (i & 1 ? 0.5f * w[2] : -0.5f * w[2]) + (i & 2 ? 0.5f * w[3] : -0.5f * w[3]);
-                vst1q_f32(out + half * 16 + 4 * i, vaddq_f32(base, vdupq_n_f32(rest)));
-            }
-        }
-    }
-
-    // Four bits of a row are the number of a float in a table of 64 bytes: four bytes are looked up, one after the other.
-    template <int R>
-    static inline __attribute__((always_inline)) void lines(const uint8_t* codes, int64_t stride, int64_t count,
-                                                            const float* tables, F* sum) {
-        static constexpr Repeat repeat = {};
-        const uint8x16_t own = vreinterpretq_u8_u32(vdupq_n_u32(0x03020100)), mask = vdupq_n_u8(0x3c);
-        for (int r = 0; r < R; ++r) sum[r] = zero();
-        for (int64_t line = 0; line < count; ++line) {
-            const uint8_t* table = reinterpret_cast<const uint8_t*>(tables + line * TABLE);
-            uint8x16_t low[R][4], high[R][4];  // four times the bits, which is where their float begins
-            for (int r = 0; r < R; ++r) {
-                const uint8_t* from = codes + r * stride + line * LINE;
-                __builtin_prefetch(from + R * stride);  // the same line of the next row blocks
-                for (int i = 0; i < 4; ++i) {
-                    const uint8x16_t of = vld1q_u8(from + 16 * i);
-                    low[r][i] = vandq_u8(vshlq_n_u8(of, 2), mask);
-                    high[r][i] = vandq_u8(vshrq_n_u8(of, 2), mask);
-                }
-            }
-            for (int j = 0; j < 4; ++j) {
-                const uint8x16_t of_byte = vld1q_u8(repeat.bytes[j]);
-                for (int half = 0; half < 2; ++half) {
-                    const uint8x16x4_t values = vld1q_u8_x4(table + 64 * (2 * j + half));
-                    for (int r = 0; r < R; ++r)
-                        for (int i = 0; i < 4; ++i) {
-                            const uint8x16_t at = vorrq_u8(vqtbl1q_u8(half ? high[r][i] : low[r][i], of_byte), own);
-                            sum[r].of[i] = vaddq_f32(sum[r].of[i], vreinterpretq_f32_u8(vqtbl4q_u8(values, at)));
-                        }
-                }
-            }
-        }
     }
 
     // Sums of four rows: SDOT adds into one register, pairs of products into two.
@@ -214,10 +157,9 @@ struct Neon {
         (step(std::integral_constant<int, (int)Q>{}), ...);
     }
     // Digits of x are `stride` apart, their starts `blocks`.
-    template <int B, int D>
-    static inline __attribute__((always_inline)) void digits(const uint8_t* codes, const int8_t* q, int64_t stride,
-                                                             int64_t tiles, const int32_t* start, int64_t blocks,
-                                                             F* out) {
+    template <int B, int, int D>
+    static inline __attribute__((always_inline)) void dot(const uint8_t* codes, const int8_t* q, int64_t stride,
+                                                          int64_t tiles, const int32_t* start, int64_t blocks, F* out) {
         Sum sums[4][D];
         for (int i = 0; i < 4; ++i)
             for (int d = 0; d < D; ++d) sums[i][d].a = sums[i][d].b = vdupq_n_s32(0);
@@ -234,13 +176,6 @@ struct Neon {
             const int32x4_t begin = vdupq_n_s32(B == 8 ? 0 : start[d * blocks]);
             out[d] = made([&](int i) { return vcvtq_f32_s32(vaddq_s32(sums[i][d].whole(), begin)); });
         }
-    }
-    template <int B, int>
-    static inline __attribute__((always_inline)) F dot(const uint8_t* codes, const int8_t* q, int64_t tiles,
-                                                       int32_t start) {
-        F found;
-        digits<B, 1>(codes, q, 0, tiles, &start, 0, &found);
-        return found;
     }
 };
 

@@ -36,7 +36,8 @@ bool has_dot() {
 }  // namespace
 
 const Kernels* neon_dot_kernels() {
-    static const Kernels found = {Product<Neon<true>>::in_float, Product<Neon<true>>::in_int8, unpack_rows};
+    static const Kernels found = {Product<Neon<true>>::all, unpack_rows, Rows<Neon<true>>::dense,
+                                  Rows<Neon<true>>::attend, norm_row, gate_row};
     static const bool here = has_dot();
     return here ? &found : nullptr;
 }

@@ -10,10 +10,15 @@ from cli.conftest import Run
 
 from bitfloor import benching
 
-RUN = {"weight_bytes": 2_000_000, "bytes_per_token": 1_500_000, "prefill_tokens_s": 1234.5, "decode_tokens_s": 100.0}
+RUN = {
+    "decoder": "TransformersDecoder",
+    "weight_bytes": 2_000_000,
+    "bytes_per_token": 1_500_000,
+    "prefill_tokens_s": 1234.5,
+    "decode_tokens_s": 100.0,
+}
 MODEL: dict[str, Any] = {
     "model": "m",
-    "decoder": "TransformersDecoder",
     "instruction_set": "avx2",
     "threads": 1,
     "rounds": 3,

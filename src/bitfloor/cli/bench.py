@@ -65,7 +65,7 @@ def _show_model(found: dict[str, Any]) -> None:
         ("tokens", f"{found['prompt_tokens']} at once, then {found['new_tokens']} one by one; tokens a second"),
         ("rounds", f"best of {found['rounds']}, {_threads(found['threads'])}"),
         ("plain read", "-" if read is None else f"{read:.1f} GB/s"),
-        ("computed by", f"{found['decoder']}, kernels: {kernels}"),
+        ("packed by", f"{found['runs'][0]['decoder']}, kernels: {kernels}"),
         ("half precision", found["baseline"]),
     ]
     rows += [(f"left out: {NAMES[name]}", reason) for name, reason in found["skipped"].items()]

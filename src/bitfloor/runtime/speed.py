@@ -26,7 +26,7 @@ from bitfloor.modeling.loader import open_source
 from bitfloor.modeling.skeleton import build_skeleton
 from bitfloor.ops import packed_native
 from bitfloor.ops.backend import AUTO, INT8, REFERENCE, choosing, of_process
-from bitfloor.runtime.decode import Decoder, open_decoder
+from bitfloor.runtime.decode import Decoder, TransformersDecoder, open_decoder
 from bitfloor.runtime.kernel_speed import ReadLoop, Say
 from bitfloor.runtime.linear import PackedEmbedding, PackedMatrix, TiedHead
 from bitfloor.runtime.load import load_model
@@ -146,7 +146,7 @@ def _bench_model(folder: Path, options: SpeedOptions, say: Say) -> dict[str, Any
         skipped["half"] = reason
     else:
         dtype = str(next(half.parameters()).dtype).removeprefix("torch.")
-        decoder = open_decoder(half, length)
+        decoder = TransformersDecoder(half, length)  # torch, whatever else could run it
         contestants.append(Contestant("half", decoder, nullcontext, *weight_bytes(half), dtype))
     tokens = _tokens(length, text_config(model).vocab_size)
     for contestant in contestants:
@@ -167,7 +167,6 @@ def _bench_model(folder: Path, options: SpeedOptions, say: Say) -> dict[str, Any
         run["times_half"] = run["decode_tokens_s"] / others["half"] if "half" in others else None
     return {
         "model": folder.resolve().name,
-        "decoder": type(contestants[0].decoder).__name__,
         "instruction_set": None if library is None else packed_native.LEVELS[library.level],
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
@@ -299,6 +298,7 @@ def _result(contestant: Contestant, prompt: int, new: int, read: float) -> dict[
     return {
         "name": contestant.name,
         "dtype": contestant.dtype,
+        "decoder": type(contestant.decoder).__name__,
         "weight_bytes": contestant.weights,
         "bytes_per_token": contestant.per_token,
         "prefill_tokens_s": prompt / min(contestant.prefill),

@@ -125,6 +125,7 @@ def test_all_take_turns_and_the_document_has_what_is_promised(made: Made, monkey
         assert entry["share_of_read"] == pytest.approx(entry["gb_s"] / found["read_gb_s"])
         assert entry["prefill_tokens_s"] > 0
     assert found["runs"][2]["times_half"] == 1.0 and said
+    assert found["runs"][2]["decoder"] == "TransformersDecoder"
 
 
 def test_the_best_of_the_rounds_counts() -> None:

@@ -15,6 +15,7 @@
 #endif
 
 #include "product.h"
+#include "rows.h"
 #include "unpack.h"
 
 namespace bitfloor {
@@ -23,10 +24,10 @@ namespace {
 static const int64_t AHEAD = 8192;  // bytes that the int8 product asks for in advance
 
 struct Narrow {
+    static constexpr bool BLOCKED = false;
     struct F {
         __m256 a, b;  // rows 0 to 7, 8 to 15
     };
-    static const int64_t TABLE = 96;  // of 8 for bits 0-2, 3-5 and 6-7 of every byte of a dword
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F set(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
@@ -44,6 +45,7 @@ struct Narrow {
         if (count != ROWS) memcpy(to, whole, sizeof(float) * count);
     }
     static F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
+    static F mul(F a, F b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
     static F add(F a, F b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
     static F sub(F a, F b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
     static F integers(__m256i a, __m256i b) { return {_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)}; }
@@ -81,52 +83,15 @@ struct Narrow {
         return integers(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
     }
 
-    static void tables(const float (*by)[8], float* out) {
-        static const int begins[3] = {0, 3, 6}, counts[3] = {3, 3, 2};
-        for (int i = 0; i < 12; ++i) {
-            const float* w = by[i / 3] + begins[i % 3];
-            for (int code = 0; code < 8; ++code) {
-                float sum = 0.0f;
-                for (int t = 0; t < counts[i % 3]; ++t) sum += code >> t & 1 ? 0.5f * w[t] : -0.5f * w[t];
-                out[i * 8 + code] = sum;
-            }
-        }
-    }
-
-    // An index of three bits selects from a register: what stands above them in a lane does not matter.
-    template <int R>
-    static inline __attribute__((always_inline)) void lines(const uint8_t* codes, int64_t stride, int64_t count,
-                                                            const float* tables, F* sum) {
-        for (int r = 0; r < R; ++r) sum[r] = zero();
-        for (int64_t line = 0; line < count; ++line) {
-            const float* table = tables + line * TABLE;
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                const uint8_t* from = codes + r * stride + line * LINE;
-                const __m256i a = _mm256_loadu_si256((const __m256i*)from);
-                const __m256i b = _mm256_loadu_si256((const __m256i*)(from + 32));
-                _mm_prefetch((const char*)from + R * stride, _MM_HINT_T1);  // the same line of the next row blocks
-                F found = zero();
-#pragma GCC unroll 12
-                for (int i = 0; i < 12; ++i) {
-                    const int at = i / 3 * 8 + i % 3 * 3;
-                    const __m256 own = _mm256_load_ps(table + i * 8);
-                    found.a = _mm256_add_ps(found.a, _mm256_permutevar8x32_ps(own, _mm256_srli_epi32(a, at)));
-                    found.b = _mm256_add_ps(found.b, _mm256_permutevar8x32_ps(own, _mm256_srli_epi32(b, at)));
-                }
-                sum[r] = add(sum[r], found);
-            }
-        }
-    }
-
     // Products of bytes are added in pairs to 16 bits, which must hold them: codes of up to four bits can be added up
     // over a tile, wider ones not as long, and those of eight bits go in two halves.
-    template <int B>
-    static inline __attribute__((always_inline)) __m256i tile(const uint8_t* codes, const int8_t* q) {
+    template <int B, int D>
+    static inline __attribute__((always_inline)) void tile(const uint8_t* codes, const int8_t* q, int64_t stride,
+                                                           __m256i* sums) {
         constexpr Fields all = fields(B);
         constexpr int together = B <= 4 ? 8 : B == 5 ? 4 : 2;
         const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
-        __m256i lines[B], quads[8], sum = _mm256_setzero_si256(), high = sum, pairs = sum;
+        __m256i lines[B], quads[8];
 #pragma GCC unroll 8
         for (int line = 0; line < B; ++line) lines[line] = _mm256_loadu_si256((const __m256i*)(codes + line * LINE));
 #pragma GCC unroll 8
@@ -138,46 +103,52 @@ struct Narrow {
             const __m256i bits = _mm256_and_si256(_mm256_srli_epi32(lines[field.line], field.at), mask);
             quads[field.quad] = _mm256_or_si256(quads[field.quad], _mm256_slli_epi32(bits, field.low));
         }
+#pragma GCC unroll 3
+        for (int d = 0; d < D; ++d) {
+            __m256i high = _mm256_setzero_si256(), pairs = high;
 #pragma GCC unroll 8
-        for (int quad = 0; quad < 8; ++quad) {
-            int32_t four;
-            memcpy(&four, q + 4 * quad, 4);
-            const __m256i x = _mm256_set1_epi32(four);
-            if (B == 8) {
-                const __m256i upper = _mm256_and_si256(_mm256_srli_epi32(quads[quad], 4), low);
-                pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(_mm256_and_si256(quads[quad], low), x));
-                high = _mm256_add_epi16(high, _mm256_maddubs_epi16(upper, x));
-                continue;
+            for (int quad = 0; quad < 8; ++quad) {
+                int32_t four;
+                memcpy(&four, q + d * stride + 4 * quad, 4);
+                const __m256i x = _mm256_set1_epi32(four);
+                if (B == 8) {
+                    const __m256i upper = _mm256_and_si256(_mm256_srli_epi32(quads[quad], 4), low);
+                    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(_mm256_and_si256(quads[quad], low), x));
+                    high = _mm256_add_epi16(high, _mm256_maddubs_epi16(upper, x));
+                    continue;
+                }
+                pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(quads[quad], x));
+                if (quad % together == together - 1) {
+                    sums[d] = _mm256_add_epi32(sums[d], _mm256_madd_epi16(pairs, ones));
+                    pairs = _mm256_setzero_si256();
+                }
             }
-            pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(quads[quad], x));
-            if (quad % together == together - 1) {
-                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
-                pairs = _mm256_setzero_si256();
-            }
+            if (B == 8)
+                sums[d] = _mm256_add_epi32(
+                    sums[d], _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), _mm256_madd_epi16(high, _mm256_set1_epi16(16))));
         }
-        if (B == 8)
-            sum = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
-        return sum;
     }
-    template <int B, int>
-    static inline __attribute__((always_inline)) F dot(const uint8_t* codes, const int8_t* q, int64_t tiles,
-                                                         int32_t start) {
-        __m256i a = _mm256_set1_epi32(start), b = a;
+    template <int B, int, int D>
+    static inline __attribute__((always_inline)) void dot(const uint8_t* codes, const int8_t* q, int64_t stride,
+                                                          int64_t tiles, const int32_t* start, int64_t blocks, F* out) {
+        __m256i a[D], b[D];
+        for (int d = 0; d < D; ++d) a[d] = b[d] = _mm256_set1_epi32(start[d * blocks]);
         for (int64_t t = 0; t < tiles; ++t) {
             const uint8_t* from = codes + t * B * LINE;
 #pragma GCC unroll 8
             for (int line = 0; line < B; ++line) _mm_prefetch((const char*)from + line * LINE + AHEAD, _MM_HINT_T0);
-            a = _mm256_add_epi32(a, tile<B>(from, q + t * COLUMNS));
-            b = _mm256_add_epi32(b, tile<B>(from + 32, q + t * COLUMNS));
+            tile<B, D>(from, q + t * COLUMNS, stride, a);
+            tile<B, D>(from + 32, q + t * COLUMNS, stride, b);
         }
-        return integers(a, b);
+        for (int d = 0; d < D; ++d) out[d] = integers(a[d], b[d]);
     }
 };
 
 }  // namespace
 
 const Kernels* avx2_kernels() {
-    static const Kernels found = {Product<Narrow>::in_float, Product<Narrow>::in_int8, unpack_rows};
+    static const Kernels found = {Product<Narrow>::all, unpack_rows, Rows<Narrow>::dense,
+                                  Rows<Narrow>::attend, norm_row, gate_row};
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &found : nullptr;
 }
 

@@ -18,6 +18,7 @@
 #endif
 
 #include "product.h"
+#include "rows.h"
 #include "unpack.h"
 
 namespace bitfloor {
@@ -65,8 +66,8 @@ struct alignas(64) Spread {
 };
 
 struct Wide {
+    static constexpr bool BLOCKED = true;
     using F = __m512;
-    static const int64_t TABLE = 128;  // of 16 for every four bits of a dword
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set(float value) { return _mm512_set1_ps(value); }
@@ -74,6 +75,7 @@ struct Wide {
     static F load(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(first(count), from); }
     static void store(float* to, F value, int64_t count) { _mm512_mask_storeu_ps(to, first(count), value); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static F halves(const uint16_t* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
@@ -94,54 +96,14 @@ struct Wide {
         return _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(255)));
     }
 
-    static void tables(const float (*by)[8], float* out) {
-        __m512 half[4];  // one half in lanes whose bit t is set, else minus one half
-        static const uint16_t set_bits[4] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00};
-        for (int t = 0; t < 4; ++t) half[t] = _mm512_mask_blend_ps(set_bits[t], set(-0.5f), set(0.5f));
-        for (int i = 0; i < 8; ++i) {
-            const float* w = by[i / 2] + i % 2 * 4;
-            const F sum = fma(half[1], set(w[1]), _mm512_mul_ps(half[0], set(w[0])));
-            _mm512_store_ps(out + i * 16, fma(half[3], set(w[3]), fma(half[2], set(w[2]), sum)));
-        }
-    }
-
-    // An index of four bits selects from a register: what stands above them in a lane does not matter.
-    template <int R>
-    static inline __attribute__((always_inline)) void lines(const uint8_t* codes, int64_t stride, int64_t count,
-                                                            const float* tables, F* sum) {
-        F even[R], odd[R];
-        for (int r = 0; r < R; ++r) even[r] = odd[r] = zero();
-        for (int64_t line = 0; line < count; ++line) {
-            __m512i of[R];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                const uint8_t* from = codes + r * stride + line * LINE;
-                of[r] = _mm512_loadu_si512(from);
-                _mm_prefetch((const char*)from + R * stride, _MM_HINT_T1);  // the same line of the next row blocks
-            }
-            const float* table = tables + line * TABLE;
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; ++i) {
-                const F own = _mm512_load_ps(table + i * 16);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) {
-                    const F found = _mm512_permutexvar_ps(i ? _mm512_srli_epi32(of[r], 4 * i) : of[r], own);
-                    if (i % 2)
-                        odd[r] = add(odd[r], found);
-                    else
-                        even[r] = add(even[r], found);
-                }
-            }
-        }
-        for (int r = 0; r < R; ++r) sum[r] = add(even[r], odd[r]);
-    }
-
-    template <int B, size_t... I>
-    static inline __attribute__((always_inline)) void tile(const uint8_t* codes, const int8_t* q, __m512i* sums,
-                                                           std::index_sequence<I...>) {
+    // One tile, all digits: q of a digit is `stride` behind that of the one before.
+    template <int B, int D, size_t... I>
+    static inline __attribute__((always_inline)) void tile(const uint8_t* codes, const int8_t* q, int64_t stride,
+                                                           __m512i (*sums)[D], std::index_sequence<I...>) {
         __m512i lines[B];
 #pragma GCC unroll 8
         for (int line = 0; line < B; ++line) {
+            _mm_prefetch((const char*)codes + line * LINE + AHEAD, _MM_HINT_T0);
             lines[line] = _mm512_loadu_si512(codes + line * LINE);
             __asm__("" : "+v"(lines[line]));  // loaded once: else the load is folded into every AND
         }
@@ -150,47 +112,82 @@ struct Wide {
             constexpr int slot = Slots<B>::of(decltype(number)::value);
             __m512i field = lines[f.line];
             if (f.width < 8) field = _mm512_and_si512(field, _mm512_set1_epi8((char)(((1 << f.width) - 1) << f.at)));
-            int32_t quad;
-            memcpy(&quad, q + 4 * f.quad, 4);
-            sums[slot] = _mm512_dpbusd_epi32(sums[slot], field, _mm512_set1_epi32(quad));
+#pragma GCC unroll 3
+            for (int d = 0; d < D; ++d) {
+                int32_t quad;
+                memcpy(&quad, q + d * stride + 4 * f.quad, 4);
+                sums[slot][d] = _mm512_dpbusd_epi32(sums[slot][d], field, _mm512_set1_epi32(quad));
+            }
         };
         (step(std::integral_constant<int, (int)I>{}), ...);
     }
-    template <int B, size_t... S>
-    static inline __attribute__((always_inline)) __m512i total(const __m512i* sums, std::index_sequence<S...>) {
+    template <int B, int D, size_t... S>
+    static inline __attribute__((always_inline)) __m512i total(__m512i (*sums)[D], int d, std::index_sequence<S...>) {
         __m512i found = _mm512_setzero_si512();
         // Exact: every term of a slot is a multiple of two to its ratio.
-        ((found = _mm512_add_epi32(found, _mm512_srai_epi32(sums[S], Slots<B>::ratio((int)S)))), ...);
+        ((found = _mm512_add_epi32(found, _mm512_srai_epi32(sums[S][d], Slots<B>::ratio((int)S)))), ...);
         return found;
     }
-    template <int B>
-    static inline __attribute__((always_inline)) void next(const uint8_t* codes, const int8_t* q, __m512i* sums) {
-#pragma GCC unroll 8
-        for (int line = 0; line < B; ++line) _mm_prefetch((const char*)codes + line * LINE + AHEAD, _MM_HINT_T0);
-        tile<B>(codes, q, sums, std::make_index_sequence<Slots<B>::all.count>{});
-    }
-    // KNOWN tiles, or as many as there are.
-    template <int B, int KNOWN>
-    static inline __attribute__((always_inline)) F dot(const uint8_t* codes, const int8_t* q, int64_t tiles,
-                                                         int32_t start) {
+    // KNOWN tiles, or as many as there are; starts of digits are `blocks` apart.
+    template <int B, int KNOWN, int D>
+    static inline __attribute__((always_inline)) void dot(const uint8_t* codes, const int8_t* q, int64_t stride,
+                                                          int64_t tiles, const int32_t* start, int64_t blocks, F* out) {
         constexpr int S = Slots<B>::count();
-        __m512i sums[S];
+        constexpr auto all = std::make_index_sequence<Slots<B>::all.count>{};
+        __m512i sums[S][D];
 #pragma GCC unroll 8
-        for (int s = 0; s < S; ++s) sums[s] = s ? _mm512_setzero_si512() : _mm512_set1_epi32(start);  // ratio 0
+        for (int s = 0; s < S; ++s)  // slot 0 has ratio 0
+#pragma GCC unroll 3
+            for (int d = 0; d < D; ++d) sums[s][d] = s ? _mm512_setzero_si512() : _mm512_set1_epi32(start[d * blocks]);
         if (KNOWN) {
 #pragma GCC unroll 4
-            for (int t = 0; t < KNOWN; ++t) next<B>(codes + t * B * LINE, q + t * COLUMNS, sums);
+            for (int t = 0; t < KNOWN; ++t) tile<B, D>(codes + t * B * LINE, q + t * COLUMNS, stride, sums, all);
         } else {
-            for (int64_t t = 0; t < tiles; ++t) next<B>(codes + t * B * LINE, q + t * COLUMNS, sums);
+            for (int64_t t = 0; t < tiles; ++t) tile<B, D>(codes + t * B * LINE, q + t * COLUMNS, stride, sums, all);
         }
-        return _mm512_cvtepi32_ps(total<B>(sums, std::make_index_sequence<S>{}));
+#pragma GCC unroll 3
+        for (int d = 0; d < D; ++d) out[d] = _mm512_cvtepi32_ps(total<B, D>(sums, d, std::make_index_sequence<S>{}));
+    }
+
+    using Quad = __m512i;
+    template <int B>
+    static inline __attribute__((always_inline)) void decoded(const uint8_t* codes, Quad* quads) {
+        constexpr Fields all = fields(B);
+#pragma GCC unroll 8
+        for (int quad = 0; quad < 8; ++quad) quads[quad] = _mm512_setzero_si512();
+#pragma GCC unroll 12
+        for (int f = 0; f < all.count; ++f) {
+            const Field field = all.of[f];
+            const __m512i line = _mm512_loadu_si512(codes + field.line * LINE);
+            const __m512i bits = _mm512_and_si512(_mm512_srli_epi32(line, field.at),
+                                                  _mm512_set1_epi8((char)((1 << field.width) - 1)));
+            quads[field.quad] = _mm512_or_si512(quads[field.quad], _mm512_slli_epi32(bits, field.low));
+        }
+    }
+    template <int T, int D>
+    static inline __attribute__((always_inline)) void dot_quads(const Quad* quads, const int8_t* q, int64_t stride,
+                                                                const int32_t* start, int64_t blocks, F* out) {
+#pragma GCC unroll 3
+        for (int d = 0; d < D; ++d) {
+            __m512i even = _mm512_set1_epi32(start[d * blocks]), odd = _mm512_setzero_si512();
+#pragma GCC unroll 8
+            for (int quad = 0; quad < 8 * T; quad += 2) {
+                int32_t a, b;
+                memcpy(&a, q + d * stride + 4 * quad, 4);
+                memcpy(&b, q + d * stride + 4 * quad + 4, 4);
+                even = _mm512_dpbusd_epi32(even, quads[quad], _mm512_set1_epi32(a));
+                odd = _mm512_dpbusd_epi32(odd, quads[quad + 1], _mm512_set1_epi32(b));
+            }
+            out[d] = _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
+        }
     }
 };
 
 }  // namespace
 
 const Kernels* avx512_kernels() {
-    static const Kernels found = {Product<Wide>::in_float, Product<Wide>::in_int8, unpack_rows};
+    static const Kernels found = {Product<Wide>::all, unpack_rows, Rows<Wide>::dense,
+                                  Rows<Wide>::attend, norm_row, gate_row};
     const bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") &&

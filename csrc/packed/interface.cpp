@@ -12,15 +12,17 @@
 namespace bitfloor {
 
 // To be raised with every change of a signature or of a value; ABI in ops/packed_native.py must follow.
-static const int64_t PACKED_ABI = 1;
-
-enum Reason { DONE = 0, BAD_PLAN = 1, BAD_ORDER = 2, BAD_ROW = 3, NO_MEMORY = 4, BAD_CALL = 5 };
+static const int64_t PACKED_ABI = 2;
 
 static const int64_t HEADER = 7, EACH = 6;         // numbers of a form: of the matrix, and of every segment
 static const int64_t SMALL = 64 << 10;             // bytes of codes that are not worth a thread
 
-static const Kernels* kernels(int64_t level) {
-    static const Kernels* const found[3] = {portable_kernels(), avx2_kernels(), avx512_kernels()};
+// The sets of this kind of processor: plain C++, and two that a processor may have or not.
+static const Kernels* second() { return avx2_kernels() ? avx2_kernels() : neon_kernels(); }
+static const Kernels* third() { return avx512_kernels() ? avx512_kernels() : neon_dot_kernels(); }
+
+const Kernels* kernels(int64_t level) {
+    static const Kernels* const found[3] = {portable_kernels(), second(), third()};
     for (int64_t i = level < 2 ? level : 2; i > 0; --i)
         if (found[i]) return found[i];
     return found[0];
@@ -63,8 +65,8 @@ using namespace bitfloor;
 
 PUBLIC int64_t bitfloor_packed_abi(void) { return PACKED_ABI; }
 
-// The best set of kernels of this machine: 0 portable, 1 AVX2, 2 AVX-512.
-PUBLIC int64_t bitfloor_packed_level(void) { return avx512_kernels() ? 2 : avx2_kernels() ? 1 : 0; }
+// The best set of kernels of this machine: 0 portable, 1 AVX2 or NEON, 2 AVX-512 or NEON with SDOT.
+PUBLIC int64_t bitfloor_packed_level(void) { return third() ? 2 : second() ? 1 : 0; }
 
 // Writes the plan of a form of `count` numbers to `out`, if `size` bytes hold it. Returns its size, or 0 for a form that
 // is none.
@@ -98,6 +100,13 @@ PUBLIC int64_t bitfloor_packed_plan(const int64_t* form, int64_t count, void* ou
     return needed;
 }
 
+// Input channels as int32: `index` [stored] of every stored column, `before` [inputs] of every column before the rotation.
+// Nothing is written where they are in natural order.
+PUBLIC int64_t bitfloor_packed_index(const Plan* plan, const void* order, const void* channels, int32_t* index,
+                                     int32_t* before) {
+    return stored_index(*plan, order, index) && channel_index(*plan, channels, before) ? DONE : BAD_ORDER;
+}
+
 // x [m, inputs] of x_type (0 float32, 1 float16, 2 bfloat16) to out [m, padded] float32: channels put into order,
 // rotated, put into stored order, times the channel scales, 0 in the padding of segments.
 PUBLIC int64_t bitfloor_packed_input(const Plan* plan, const void* channels, const void* order,
@@ -106,11 +115,12 @@ PUBLIC int64_t bitfloor_packed_input(const Plan* plan, const void* channels, con
     if (m < 0 || x_type < 0 || x_type > 2) return BAD_CALL;
     int32_t* index = static_cast<int32_t*>(scratch(4 * (plan->stored + 2 * plan->inputs), 1));
     if (!index) return NO_MEMORY;
-    if (!stored_index(*plan, order, index)) return BAD_ORDER;
-    float* row = reinterpret_cast<float*>(index + plan->stored);
+    int32_t* by = index + plan->stored;
+    if (!stored_index(*plan, order, index) || !channel_index(*plan, channels, by)) return BAD_ORDER;
+    float* row = reinterpret_cast<float*>(by + plan->inputs);
     for (int64_t i = 0; i < m; ++i) {
-        if (!input_row(*plan, channels, x, x_type, i, row, row + plan->inputs)) return BAD_ORDER;
-        store_row(*plan, order ? index : nullptr, channel_scale, row, out + i * plan->padded);
+        input_row(*plan, plan->channels ? by : nullptr, x, x_type, i, row);
+        store_row(*plan, plan->unit ? index : nullptr, channel_scale, row, out + i * plan->padded);
     }
     return DONE;
 }
@@ -133,23 +143,21 @@ PUBLIC int64_t bitfloor_packed_product(const Plan* plan, const void* const* part
     if (m == 0) return DONE;
     Call call = {};
     Job& job = call.job;
-    job.plan = plan, job.m = m, job.x = x, job.bias = bias, job.y = y;
+    job.plan = plan, job.m = m, job.digits = integers ? 1 : 3, job.x = x, job.bias = bias, job.y = y;
     job.parts.codes = static_cast<const uint8_t*>(parts[0]), job.parts.scale = static_cast<const uint16_t*>(parts[1]);
     job.parts.zero = static_cast<const uint8_t*>(parts[2]), job.parts.offset = static_cast<const uint16_t*>(parts[3]);
-    const Kernels* own = kernels(level);
-    call.run = integers ? own->product_int8 : own->product;
-    if (integers) {
-        const int64_t floats = m * (2 * plan->blocks + plan->groups);
-        float* q_scale = static_cast<float*>(scratch(4 * floats + m * plan->padded, 1));
-        if (!q_scale) return NO_MEMORY;
-        float* q_sum = q_scale + m * plan->blocks;
-        int32_t* q_start = reinterpret_cast<int32_t*>(q_sum + m * plan->groups);
-        int8_t* q = reinterpret_cast<int8_t*>(q_start + m * plan->blocks);
-        for (int64_t i = 0; i < m; ++i)
-            quantize_row(*plan, x + i * plan->padded, q + i * plan->padded, q_scale + i * plan->blocks,
-                         q_start + i * plan->blocks, q_sum + i * plan->groups);
-        job.q = q, job.q_scale = q_scale, job.q_start = q_start, job.q_sum = q_sum;
-    }
+    call.run = kernels(level)->product;
+    const int64_t blocks = plan->blocks, padded = job.digits * plan->padded;
+    const int64_t numbers = (1 + job.digits) * blocks + plan->groups;  // of 32 bits, of a row
+    float* q_scale = static_cast<float*>(scratch(m * (4 * numbers + padded), 1));
+    if (!q_scale) return NO_MEMORY;
+    float* q_sum = q_scale + m * blocks;
+    int32_t* q_start = reinterpret_cast<int32_t*>(q_sum + m * plan->groups);
+    int8_t* q = reinterpret_cast<int8_t*>(q_start + m * job.digits * blocks);
+    for (int64_t i = 0; i < m; ++i)
+        round_row(*plan, x + i * plan->padded, job.digits,
+                  {q + i * padded, q_scale + i * blocks, q_start + i * job.digits * blocks, q_sum + i * plan->groups});
+    job.q = q, job.q_scale = q_scale, job.q_start = q_start, job.q_sum = q_sum;
     if (plan->code_bytes * plan->row_blocks < SMALL) threads = 1;
     each_range(product_task, &call, plan->row_blocks, 2, threads);
     return DONE;

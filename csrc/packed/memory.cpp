@@ -12,14 +12,6 @@
 
 #define PUBLIC extern "C" __attribute__((visibility("default")))
 
-// The thread sanitizer does not start with functions that the loader chooses.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_THREAD__) && \
-    ((defined(__clang__) && __clang_major__ >= 15) || (!defined(__clang__) && __GNUC__ >= 8))
-#define VERSIONS __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define VERSIONS
-#endif
-
 // Asks for huge pages behind `bytes` bytes that are written already or will be. Returns how many bytes it may have got them for: 0
 // where the system has none, or where it is left as it is.
 PUBLIC int64_t bitfloor_packed_huge(void* at, int64_t bytes) {

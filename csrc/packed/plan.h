@@ -6,12 +6,26 @@
 
 #include <stdint.h>
 
+#include <atomic>
+
+// One version of a function for every instruction set; the loader chooses. The thread sanitizer does not start with those.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_THREAD__) && \
+    ((defined(__clang__) && __clang_major__ >= 15) || (!defined(__clang__) && __GNUC__ >= 8))
+#define VERSIONS __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define VERSIONS
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
 namespace bitfloor {
 
 static const int64_t ROWS = 16, COLUMNS = 32, LINE = 64, QUADS = 8;
 static const int64_t MOST_ROWS = 8;    // of x, for the products
 static const int64_t MOST = 1 << 30;   // rows, columns, entries: no product of what is stored overflows then
 static const int64_t MOST_SEGMENTS = 1 << 16;
+
+// Why a function of the C interface did nothing.
+enum Reason { DONE = 0, BAD_PLAN = 1, BAD_ORDER = 2, BAD_ROW = 3, NO_MEMORY = 4, BAD_CALL = 5 };
 
 enum ZeroForm { PACKED = 0, OFFSET = 1, CONSTANT = 2 };
 enum ScaleType { HALF = 0, BFLOAT = 1 };
@@ -50,18 +64,19 @@ struct Parts {
     const void* order;
 };
 
-// A product with up to MOST_ROWS rows of x.
+// A product with m rows of x.
 struct Job {
     const Plan* plan;
     Parts parts;
     int64_t m;
-    const float* x;        // [m, padded], channel scales and order applied, 0 in padding
-    const float* bias;     // [rows] or null
-    float* y;              // [m, rows]
-    const int8_t* q;       // int8 activations [m, padded], else null
-    const float* q_scale;  // [m, blocks]
-    const int32_t* q_start;  // [m, blocks]: - middle * sum of q, where a dot product begins
-    const float* q_sum;    // [m, groups]: sum of the rounded x of a group
+    int64_t digits;          // of x: 1 or 3
+    const float* x;          // [m, padded], channel scales and order applied, 0 in padding
+    const float* bias;       // [rows] or null
+    float* y;                // [m, rows]
+    const int8_t* q;         // [m, digits, padded], the digit that counts most first
+    const float* q_scale;    // [m, blocks], of the last digit; each before it counts 256 times as much
+    const int32_t* q_start;  // [m, digits, blocks]: - middle * sum of q, where a dot product begins
+    const float* q_sum;      // [m, groups]: sum of the x of a group, as their digits have it
 };
 
 // Rows of a matrix to be dense: the columns of each in natural order.
@@ -74,21 +89,58 @@ struct Dense {
     float* out;            // [count, inputs], 0 before if there is an index
 };
 
+// A product with a matrix that is not packed.
+struct DenseJob {
+    const void* weight;  // [rows, inputs]
+    int64_t type;        // 0 float32, 1 float16, 2 bfloat16
+    int64_t rows, inputs, m;
+    const float *x, *bias;  // [m, inputs]; [rows] or null
+    float* y;               // [m, rows]
+};
+
+// Rows of queries at the positions from `start` on, and the cache of a layer.
+struct Attention {
+    int64_t heads, kv_heads, head_dim, value_dim;  // value_dim is head_dim up to a multiple of 16
+    int64_t positions, start, rows, window;        // room in the cache, a multiple of 16; window 0 sees everything
+    float scaling;
+    const float* q;       // [rows, heads, head_dim]
+    const float* keys;    // [kv_heads, positions / 16, head_dim, 16]
+    const float* values;  // [kv_heads, positions, value_dim]
+    float* out;           // [rows, heads, head_dim]
+    std::atomic<bool>* failed;
+};
+
 struct Kernels {
     void (*product)(const Job& job, int64_t first, int64_t last);  // row blocks
-    void (*product_int8)(const Job& job, int64_t first, int64_t last);
     void (*unpack)(const Dense& dense, int64_t first, int64_t last);  // rows of out
+    void (*dense)(const DenseJob& job, int64_t first, int64_t last);  // rows
+    void (*attend)(const Attention& attention, int64_t first, int64_t last);  // of rows * heads
+    void (*norm)(const float* x, const float* weight, float epsilon, int64_t n, float* out);
+    void (*gate)(float* gate, const float* up, int64_t n);
 };
+
+const Kernels* kernels(int64_t level);  // the best of this machine up to a level: 0 portable, 1 AVX2, 2 AVX-512
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();    // null where this machine, or this compiler, cannot
 const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+const Kernels* neon_dot_kernels();
 
 inline float middle(int64_t bits) { return 0.5f * (float)((1 << bits) - 1); }  // of the codes of a width
 
 // task(context, first, last) for all of `count`, in ranges of whole units on up to so many threads (pool.cpp).
 typedef void (*Task)(void* context, int64_t first, int64_t last);
 void each_range(Task task, void* context, int64_t count, int64_t unit, int64_t threads);
+
+// each(first, last), likewise; never for an empty range.
+template <class Each>
+void in_ranges(int64_t count, int64_t unit, int64_t threads, const Each& each) {
+    const Task task = [](void* context, int64_t first, int64_t last) {
+        if (first < last) (*static_cast<const Each*>(context))(first, last);
+    };
+    each_range(task, const_cast<Each*>(&each), count, unit, threads);
+}
 
 // Aligned memory of this thread, kept until it ends; null if there is none.
 void* scratch(int64_t bytes, int slot);

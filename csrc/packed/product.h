@@ -1,18 +1,18 @@
-// The products and the unpacking, over an instruction set V (portable.cpp, avx2.cpp, avx512.cpp).
+// The products, over an instruction set V (portable.cpp, avx2.cpp, avx512.cpp).
 //
-// Both products write the code as its middle plus the rest c', so that little cancels:
+// x is a sum of digits: whole numbers of 8 bits, block by block of columns with a float scale. One of them is what rounding to
+// int8 means; three hold 23 bits of the largest x of a block, which is what float sums keep of it. Digits are multiplied with
+// codes by four-way dot products, in which nothing is rounded. With the middle of the code range taken off, so that little
+// cancels:
 //
-//     y[r] = bias[r] + sum over groups of  scale * sum(c' x) + shift * sum(x),    shift = offset + middle * scale
+//     y[r] = bias[r] + sum over groups of  scale * sum(c' x) + shift * sum(x),    c' = c - 2^(b-1),  shift = offset + 2^(b-1) scale
 //
-// which is (middle - zero) * scale for a zero-point. The middle is (2^b - 1) / 2 in float, and 2^(b - 1) in int8. What is summed in which order depends on V and on nothing else: not
-// on the rows of a call, not on threads.
+// which is (2^(b-1) - zero) * scale for a zero-point. What is summed in which order depends on V and on how many rows x has,
+// and on nothing else: not on threads.
 //
-// In float, sum(c' x) is looked up: a line of 64 bytes holds a few bits of every row, and what bits in the same place add
-// to a row's sum depends on x alone. So a table of x by bit pattern is made once for a chunk of lines, whatever their
-// width, and serves all rows. In int8 the fields of a line are multiplied in place, V::dot.
-//
-// V has: F (16 floats, one a row) with zero, set, load, store, fma, sub; halves, bfloats and zeros as F;
-// TABLE floats of tables a line, tables(), lines(); dot<B, tiles or 0>().
+// V has: F (16 floats, one a row) with zero, set, load, store, mul, fma, add, sub; halves, bfloats and zeros as F;
+// dot<B, tiles or 0, digits>(); and BLOCKED, with it Quad (columns 4q to 4q + 3 of 16 rows), decoded<B>() and
+// dot_quads<tiles, digits>().
 
 #ifndef BITFLOOR_PACKED_PRODUCT_H
 #define BITFLOOR_PACKED_PRODUCT_H
@@ -23,7 +23,8 @@
 namespace bitfloor {
 namespace {
 
-static const int64_t CHUNK = 64;  // lines that have tables at a time
+// Weights of the digits of x, the first one last.
+static const float DIGIT[3] = {1.0f, 256.0f, 65536.0f};
 
 template <class V>
 struct Product {
@@ -87,146 +88,150 @@ struct Product {
 #undef BITFLOOR_ANY
     }
 
-    // -- float ---------------------------------------------------------------------------------------------------------
+    // -- digits --------------------------------------------------------------------------------------------------------
 
-    struct Piece {  // of a chunk, in one group
-        int64_t line, lines, group;
-    };
-    struct Chunk {
-        int64_t line, lines, count;  // first line of the segment, lines, pieces
-        Piece* pieces;
-        float* sums;    // [m, count]
-        float* tables;  // [m, lines, TABLE]
-    };
-
-    // Tables of a tile of x.
-    static void tile_tables(const float* x, int64_t bits, const LineBits* places, float* out) {
-        for (int64_t line = 0; line < bits; ++line) {
-            float by[4][8];
-            for (int at = 0; at < 8; ++at) {
-                const Bit bit = places[line].bit[at];
-                for (int j = 0; j < 4; ++j) by[j][at] = (float)(1 << bit.power) * x[4 * bit.quad + j];
-            }
-            V::tables(by, out + line * V::TABLE);
-        }
+    static F scaled_digits(const Job& job, int64_t block, int digits, const F* sums) {
+        F found = V::mul(sums[0], V::set(job.q_scale[block] * DIGIT[digits - 1]));
+        for (int d = 1; d < digits; ++d)
+            found = V::fma(sums[d], V::set(job.q_scale[block] * DIGIT[digits - 1 - d]), found);
+        return found;
     }
-    static void fill(const Job& job, const Segment& s, int64_t tile, int64_t tiles, const LineBits* places,
-                     Chunk& chunk) {
-        chunk.line = tile * s.bits, chunk.lines = tiles * s.bits, chunk.count = 0;
-        for (int64_t t = tile; t < tile + tiles;) {
-            const int64_t group = t / s.group_tiles, end = least(tile + tiles, (group + 1) * s.group_tiles);
-            chunk.pieces[chunk.count++] = {(t - tile) * s.bits, (end - t) * s.bits, group};
-            t = end;
-        }
-        for (int64_t m = 0; m < job.m; ++m) {
-            const float* x = job.x + m * job.plan->padded + s.at_column + tile * COLUMNS;
-            for (int64_t t = 0; t < tiles; ++t)
-                tile_tables(x + t * COLUMNS, s.bits, places,
-                            chunk.tables + (m * chunk.lines + t * s.bits) * V::TABLE);
-            for (int64_t p = 0; p < chunk.count; ++p) {
-                const Piece& piece = chunk.pieces[p];
-                const float* from = x + piece.line / s.bits * COLUMNS;
-                float lanes[16] = {0.0f};
-                for (int64_t j = 0; j < piece.lines / s.bits * COLUMNS; j += 16)
-                    for (int i = 0; i < 16; ++i) lanes[i] += from[j + i];
-                for (int half = 8; half; half /= 2)
-                    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-                chunk.sums[m * chunk.count + p] = lanes[0];
-            }
-        }
-    }
-    // R row blocks at once share what is loaded of the tables.
-    template <int B, int R>
-    static void rows(const Job& job, const Segment& s, const Chunk& chunk, int64_t rb) {
-        const Plan& plan = *job.plan;
-        const uint8_t* codes = job.parts.codes + rb * plan.code_bytes + s.at_code + chunk.line * LINE;
-        for (int64_t m = 0; m < job.m; ++m) {
-            F y[R];
-            float* to = job.y + m * plan.rows + rb * ROWS;
-            for (int r = 0; r < R; ++r) y[r] = V::load(to + r * ROWS, height(job, rb + r));
-            for (int64_t p = 0; p < chunk.count; ++p) {
-                const Piece piece = chunk.pieces[p];
-                F sum[R];
-                V::template lines<R>(codes + piece.line * LINE, plan.code_bytes, piece.lines,
-                                     chunk.tables + (m * chunk.lines + piece.line) * V::TABLE, sum);
-                const F whole = V::set(chunk.sums[m * chunk.count + p]);
-                for (int r = 0; r < R; ++r) {
-                    const F by = scale(job, s, rb + r, piece.group);
-                    const F add = shift<B>(job, s, rb + r, piece.group, by, middle(B));
-                    y[r] = V::fma(by, sum[r], V::fma(add, whole, y[r]));
-                }
-            }
-            for (int r = 0; r < R; ++r) V::store(to + r * ROWS, y[r], height(job, rb + r));
-        }
-    }
-
-    template <int B>
-    static void all_rows(const Job& job, const Segment& s, const Chunk& chunk, int64_t rb, int64_t last) {
-        for (; rb + 4 <= last; rb += 4) rows<B, 4>(job, s, chunk, rb);
-        for (; rb < last; ++rb) rows<B, 1>(job, s, chunk, rb);
-    }
-
-    static void in_float(const Job& job, int64_t first, int64_t last) {
-        const Plan& plan = *job.plan;
-        begin(job, first, last);
-        Chunk chunk;
-        float sums[CHUNK * MOST_ROWS];
-        Piece pieces[CHUNK];
-        chunk.sums = sums, chunk.pieces = pieces;
-        chunk.tables = static_cast<float*>(scratch(CHUNK * MOST_ROWS * V::TABLE * 4, 0));
-        for (int64_t i = 0; i < plan.count_segments; ++i) {
-            const Segment& s = plan.segments[i];
-            if (!s.group_tiles || !chunk.tables) {
-                for (int64_t rb = first; rb < last; ++rb) any(job, s, rb);
-                continue;
-            }
-            LineBits places[8];
-            for (int line = 0; line < s.bits; ++line) places[line] = line_bits((int)s.bits, line);
-            const int64_t step = CHUNK / s.bits;
-            for (int64_t tile = 0; tile < s.tiles; tile += step) {
-                fill(job, s, tile, least(step, s.tiles - tile), places, chunk);
-#define BITFLOOR_ALL_ROWS(B) all_rows<B>(job, s, chunk, first, last)
-                BITFLOOR_FOR_WIDTH(s.bits, BITFLOOR_ALL_ROWS)
-#undef BITFLOOR_ALL_ROWS
-            }
-        }
-    }
-
-    // -- int8 ----------------------------------------------------------------------------------------------------------
 
     // The y of m rows of x, kept in registers where there is one.
-    template <int B, int M>
+    template <int B, int M, int D>
     static inline __attribute__((always_inline)) void integers(const Job& job, const Segment& s, int64_t rb, F* y) {
         const Plan& plan = *job.plan;
         const uint8_t* codes = job.parts.codes + rb * plan.code_bytes + s.at_code;
-        const int64_t per = s.block / COLUMNS, rows = M ? M : job.m;  // tiles of a block of activations
+        const int64_t per = s.block / COLUMNS, rows = M ? M : job.m;  // tiles of a block of x
         for (int64_t group = 0; group < s.groups; ++group) {
             const int64_t begin = group * s.group_tiles, end = least(s.tiles, begin + s.group_tiles);
             const F by = scale(job, s, rb, group), add = shift<B>(job, s, rb, group, by, (float)(1 << (B - 1)));
             for (int64_t m = 0; m < rows; ++m) {
-                const int8_t* q = job.q + m * plan.padded + s.at_column;
                 F sum = V::zero();
                 for (int64_t t = begin; t < end; t += per) {
-                    const int64_t at = m * plan.blocks + s.at_block + t / per, tiles = least(per, end - t);
+                    const int64_t block = s.at_block + t / per, tiles = least(per, end - t);
                     const uint8_t* from = codes + t * LINE * B;
-                    const F whole = tiles == 4 ? V::template dot<B, 4>(from, q + t * COLUMNS, 4, job.q_start[at])
-                                               : V::template dot<B, 0>(from, q + t * COLUMNS, tiles, job.q_start[at]);
-                    sum = V::fma(whole, V::set(job.q_scale[at]), sum);
+                    const int8_t* q = job.q + m * D * plan.padded + s.at_column + t * COLUMNS;
+                    const int32_t* start = job.q_start + m * D * plan.blocks + block;
+                    F whole[D];
+                    if (tiles == 4)
+                        V::template dot<B, 4, D>(from, q, plan.padded, 4, start, plan.blocks, whole);
+                    else
+                        V::template dot<B, 0, D>(from, q, plan.padded, tiles, start, plan.blocks, whole);
+                    const F found = scaled_digits(job, m * plan.blocks + block, D, whole);
+                    sum = V::add(sum, found);
                 }
                 const F all = V::set(job.q_sum[m * plan.groups + s.at_group + group]);
                 y[m] = V::fma(by, sum, V::fma(add, all, y[m]));
             }
         }
     }
-    template <int B>
+    template <int B, int D>
     static void integers(const Job& job, const Segment& s, int64_t rb, F* y) {
-        if (job.m > 1) return integers<B, 0>(job, s, rb, y);
+        if (job.m > 1) return integers<B, 0, D>(job, s, rb, y);
         F one = y[0];
-        integers<B, 1>(job, s, rb, &one);
+        integers<B, 1, D>(job, s, rb, &one);
         y[0] = one;
     }
+    template <int D>
+    static void segment(const Job& job, const Segment& s, int64_t rb, F* y) {
+#define BITFLOOR_INTEGERS(B) integers<B, D>(job, s, rb, y)
+        BITFLOOR_FOR_WIDTH(s.bits, BITFLOOR_INTEGERS)
+#undef BITFLOOR_INTEGERS
+    }
 
-    static void in_int8(const Job& job, int64_t first, int64_t last) {
+    // -- many rows: tiles are decoded once for all of them ---------------------------------------------------------------
+
+    // T tiles from column `at` on, in one block of x. `start`, or nothing: the block begins with these tiles, or before.
+    template <int B, int D, int T>
+    static inline __attribute__((always_inline)) void tiles_of_many(const Job& job, const uint8_t* codes, int64_t at,
+                                                                    int64_t block, bool start, F by, float* y) {
+        static const int32_t nothing[3] = {0, 0, 0};
+        const Plan& plan = *job.plan;
+        typename V::Quad quads[8 * T];
+        for (int t = 0; t < T; ++t) V::template decoded<B>(codes + t * LINE * B, quads + 8 * t);
+        for (int64_t m = 0; m < job.m; ++m) {
+            F whole[D];
+            V::template dot_quads<T, D>(quads, job.q + m * D * plan.padded + at, plan.padded,
+                                        start ? job.q_start + m * D * plan.blocks + block : nothing,
+                                        start ? plan.blocks : 1, whole);
+            const F found = scaled_digits(job, m * plan.blocks + block, D, whole);
+            V::store(y + m * ROWS, V::fma(by, found, V::load(y + m * ROWS, ROWS)), ROWS);
+        }
+    }
+    template <int B, int D>
+    static void blocked(const Job& job, const Segment& s, int64_t rb, float* y) {
+        const Plan& plan = *job.plan;
+        const uint8_t* codes = job.parts.codes + rb * plan.code_bytes + s.at_code;
+        const int64_t per = s.block / COLUMNS;
+        for (int64_t group = 0; group < s.groups; ++group) {
+            const int64_t begin = group * s.group_tiles, end = least(s.tiles, begin + s.group_tiles);
+            const F by = scale(job, s, rb, group), add = shift<B>(job, s, rb, group, by, (float)(1 << (B - 1)));
+            for (int64_t t = begin; t < end;) {
+                const int64_t block = s.at_block + t / per, left = least(per - t % per, end - t), step = left > 1 ? 2 : 1;
+                const int64_t at = s.at_column + t * COLUMNS;
+                if (step == 2)
+                    tiles_of_many<B, D, 2>(job, codes + t * LINE * B, at, block, t % per == 0, by, y);
+                else
+                    tiles_of_many<B, D, 1>(job, codes + t * LINE * B, at, block, t % per == 0, by, y);
+                t += step;
+            }
+            for (int64_t m = 0; m < job.m; ++m) {
+                const F all = V::set(job.q_sum[m * plan.groups + s.at_group + group]);
+                V::store(y + m * ROWS, V::fma(add, all, V::load(y + m * ROWS, ROWS)), ROWS);
+            }
+        }
+    }
+    template <int D>
+    static void blocked_segment(const Job& job, const Segment& s, int64_t rb, float* y) {
+#define BITFLOOR_BLOCKED(B) blocked<B, D>(job, s, rb, y)
+        BITFLOOR_FOR_WIDTH(s.bits, BITFLOOR_BLOCKED)
+#undef BITFLOOR_BLOCKED
+    }
+
+    // Rows `at` on of x.
+    static Job rows_of(const Job& job, int64_t at, int64_t count) {
+        const Plan& plan = *job.plan;
+        Job found = job;
+        found.m = count, found.x += at * plan.padded, found.y += at * plan.rows, found.q += at * job.digits * plan.padded;
+        found.q_scale += at * plan.blocks, found.q_start += at * job.digits * plan.blocks, found.q_sum += at * plan.groups;
+        return found;
+    }
+
+    static void many(const Job& job, int64_t first, int64_t last, float* y) {
+        const Plan& plan = *job.plan;
+        for (int64_t rb = first; rb < last; ++rb) {
+            const int64_t rows = height(job, rb);
+            const F bias = job.bias ? V::load(job.bias + rb * ROWS, rows) : V::zero();
+            for (int64_t m = 0; m < job.m; ++m) V::store(y + m * ROWS, bias, ROWS);
+            for (int64_t i = 0; i < plan.count_segments; ++i) {
+                const Segment& s = plan.segments[i];
+                if (!s.group_tiles) continue;
+                if (job.digits == 1)
+                    blocked_segment<1>(job, s, rb, y);
+                else
+                    blocked_segment<3>(job, s, rb, y);
+            }
+            for (int64_t m = 0; m < job.m; ++m)
+                V::store(job.y + m * plan.rows + rb * ROWS, V::load(y + m * ROWS, ROWS), rows);
+            for (int64_t i = 0; i < plan.count_segments; ++i)
+                for (int64_t at = 0; !plan.segments[i].group_tiles && at < job.m; at += MOST_ROWS)
+                    any(rows_of(job, at, least(MOST_ROWS, job.m - at)), plan.segments[i], rb);
+        }
+    }
+
+    // Any number of rows of x.
+    static void all(const Job& job, int64_t first, int64_t last) {
+        if constexpr (V::BLOCKED) {
+            float* y = job.m > MOST_ROWS ? static_cast<float*>(scratch(4 * ROWS * job.m, 0)) : nullptr;
+            if (y) return many(job, first, last, y);
+        }
+        for (int64_t at = 0; at < job.m; at += MOST_ROWS)
+            few(rows_of(job, at, least(MOST_ROWS, job.m - at)), first, last);
+    }
+
+    // Up to MOST_ROWS rows of x.
+    static void few(const Job& job, int64_t first, int64_t last) {
         const Plan& plan = *job.plan;
         begin(job, first, last);
         for (int64_t rb = first; rb < last; ++rb) {
@@ -238,9 +243,10 @@ struct Product {
                     continue;
                 }
                 for (int64_t m = 0; m < job.m; ++m) y[m] = V::load(job.y + m * plan.rows + rb * ROWS, height(job, rb));
-#define BITFLOOR_INTEGERS(B) integers<B>(job, s, rb, y)
-                BITFLOOR_FOR_WIDTH(s.bits, BITFLOOR_INTEGERS)
-#undef BITFLOOR_INTEGERS
+                if (job.digits == 1)
+                    segment<1>(job, s, rb, y);
+                else
+                    segment<3>(job, s, rb, y);
                 for (int64_t m = 0; m < job.m; ++m) V::store(job.y + m * plan.rows + rb * ROWS, y[m], height(job, rb));
             }
         }

@@ -53,26 +53,6 @@ static inline void decode(const uint8_t* tile, uint32_t out[8][16]) {
     }
 }
 
-// What one more in bit `at` of byte j of a line adds: 2^of[...].power times the column 4 * quad + j of the tile.
-struct Bit {
-    int quad, power;
-};
-
-struct LineBits {
-    Bit bit[8];
-};
-
-inline LineBits line_bits(int bits, int line) {
-    LineBits found = {};
-    const Fields all = fields(bits);
-    for (int f = 0; f < all.count; ++f) {
-        const Field field = all.of[f];
-        if (field.line != line) continue;
-        for (int i = 0; i < field.width; ++i) found.bit[field.at + i] = {field.quad, field.low + i};
-    }
-    return found;
-}
-
 // Call f(integral_constant) for every width: `call<2>()` and so on.
 #define BITFLOOR_FOR_WIDTH(bits, CALL) \
     switch (bits) {                    \

@@ -27,6 +27,7 @@ from bitfloor.pipeline.events import Progress, silent
 from bitfloor.pipeline.export import export_dense
 from bitfloor.pipeline.job import Job
 from bitfloor.pipeline.lessons import make_lessons, restore_config
+from bitfloor.pipeline.migrate import migrate_checkpoint
 from bitfloor.pipeline.plan import check_memory, make_plan
 from bitfloor.pipeline.quantize import Text, quantize_model
 from bitfloor.pipeline.run import RunOptions
@@ -230,6 +231,22 @@ def export(folder: AnyPath, out: AnyPath, *, format: str = "dense") -> dict[str,
     if format != "dense":
         raise InputError(f"export format {format!r} is unknown; this version writes: dense.")
     return export_dense(Path(folder), Path(out))
+
+
+def migrate(folder: AnyPath, out: AnyPath | None = None) -> dict[str, Any]:
+    """Write a quantized model of an older format version in the present one: the same tensors.
+
+    Args:
+        folder: made by an earlier :func:`quantize`.
+        out: a new or empty folder; None rewrites ``folder`` itself, file by file, so that a killed run loses nothing.
+
+    Returns:
+        ``{"from", "to", "path", "files"}``.
+
+    Raises:
+        InputError: not a bitfloor checkpoint, a damaged one, one that needs no migration, or ``out`` holds something.
+    """
+    return migrate_checkpoint(Path(folder), None if out is None else Path(out))
 
 
 def generate(

@@ -29,6 +29,7 @@ LEVELS = {
     "recipe": 5,
     "scoring": 5,
     "planning": 5,
+    "benching": 5,
     "talking": 5,
     "serving": 5,
     "environment": 5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from pathlib import Path
@@ -14,6 +15,7 @@ from bitfloor.cli.inspection import Layer
 from bitfloor.pipeline.timing import remember
 
 SCHEMA = {"recipe", "bits_per_linear_weight", "bits_per_parameter", "bytes", "tuning", "restoration", "layers"}
+SCHEMA |= {"format_version", "verified"}
 LAYER = {"name", "shape", "segments", "rotation", "sorted", "bytes", "bits_per_weight", "block_error", "learning"}
 
 
@@ -27,6 +29,7 @@ def test_the_json_is_exactly_the_documented_one(run: Run, folder: Folder) -> Non
     assert found["bits_per_linear_weight"] == pytest.approx(8 * 2770 / 3072)
     assert found["bits_per_parameter"] == pytest.approx(8 * 5042 / (3072 + 2048 + 64))
     assert found["recipe"] == {"name": "mine", "sha256": "0" * 64, **folder.report["recipe"]}
+    assert found["format_version"] == 1 and found["verified"] is None
     embedding, second, tenth = found["layers"]
     assert [embedding["name"], second["name"], tenth["name"]] == [
         "model.embed",
@@ -70,6 +73,33 @@ def test_a_report_of_another_checkpoint_is_refused(run: Run, folder: Folder) -> 
     folder.write_report(bytes={"total": 5041, "linears": 2769, "embeddings": 2144, "other": 128})
     outcome = run("inspect", folder.path)
     assert outcome.code == 2 and "5041" in outcome.err and "5042" in outcome.err
+
+
+def test_verify_says_what_it_compared(run: Run, folder: Folder) -> None:
+    """The fixture's shard has no checksum; one of the report's is as good."""
+    shard = folder.path / "model.safetensors"
+    outcome = run("inspect", folder.path, "--verify")
+    assert outcome.code == 0 and "0 as written, 1 without a checksum (model.safetensors)" in outcome.out
+    folder.write_report(files={shard.name: hashlib.sha256(shard.read_bytes()).hexdigest()})
+    found = json.loads(run("inspect", folder.path, "--verify", "--json").out)
+    assert found["verified"] == {"files": ["model.safetensors"], "without_checksum": []}
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert run("inspect", folder.path).code == 0
+    outcome = run("inspect", folder.path, "--verify")
+    assert outcome.code == 2 and "model.safetensors is damaged" in outcome.err and outcome.out == ""
+
+
+@pytest.mark.filterwarnings("default::bitfloor.core.errors.FormatWarning")
+def test_an_older_version_is_read_and_said_once(run: Run, folder: Folder) -> None:
+    config = json.loads((folder.path / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 0
+    (folder.path / "config.json").write_text(json.dumps(config))
+    outcome = run("inspect", folder.path, "--json")
+    assert json.loads(outcome.out)["format_version"] == 0
+    assert outcome.err.count("note: the checkpoint is of format version 0") == outcome.err.count("\n") == 1
+    assert "bitfloor migrate" in outcome.err
 
 
 def test_a_truncated_shard_is_refused(run: Run, folder: Folder) -> None:
@@ -157,3 +187,19 @@ def test_whole_channels_are_drawn_where_they_enter(tmp_path: Path) -> None:
     assert set(found) == {"salient"}  # others have groups, leave channels out or name some twice
     order = [(7 * p + 3) % 45 for p in range(45)]
     assert found["salient"] == tuple(4 if order.index(channel) < 9 else 1 for channel in range(45))
+
+
+def test_migrate_writes_version_1_beside_or_in_place(run: Run, folder: Folder, tmp_path: Path) -> None:
+    for options in ((), (tmp_path / "out", "--in-place")):
+        outcome = run("migrate", folder.path, *options)
+        assert outcome.code == 2 and "--in-place" in outcome.err and outcome.err.count("\n") == 1
+    outcome = run("migrate", folder.path, "--in-place")
+    assert outcome.code == 2 and "of format version 1 already" in outcome.err
+    config = json.loads((folder.path / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 0
+    (folder.path / "config.json").write_text(json.dumps(config))
+    for path, options in ((tmp_path / "out", (tmp_path / "out",)), (folder.path, ("--in-place",))):
+        outcome = run("migrate", folder.path, *options)
+        assert (outcome.code, outcome.out) == (0, "") and "format version 0 is now 1" in outcome.err
+        found = json.loads(run("inspect", path, "--verify", "--json").out)
+        assert found["format_version"] == 1 and found["verified"]["files"] == ["model.safetensors"]

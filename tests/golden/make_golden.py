@@ -1,12 +1,13 @@
 """Writes the golden checkpoint: an independent implementation of docs/format.md, by explicit loops.
 
 It imports nothing of bitfloor, torch or safetensors and shares no table with them: it was written from the document, so
-that a change of the layout in either place is noticed. Run ``python tests/golden/make_golden.py`` to write the files
-again; a test compares them byte for byte with the committed ones.
+that a change of the layout in either place is noticed. Run ``python tests/golden/make_golden.py`` to write the files of
+both versions again; a test compares them byte for byte with the committed ones.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -94,7 +95,9 @@ def sixteen(values: list[list[int]], block: int, group: int) -> bytes:
     return b"".join((values[r][group] if r < len(values) else 0).to_bytes(2, "little") for r in rows)
 
 
-def make_matrix(numbers: Numbers, layout: dict[str, Any]) -> tuple[dict[str, bytes], np.ndarray]:
+def make_matrix(
+    numbers: Numbers, layout: dict[str, Any], stores_order: bool = True
+) -> tuple[dict[str, bytes], np.ndarray]:
     """Random content for a layout: ``(part name to bytes, weights [O, I] float32)``."""
     rows, inputs = layout["shape"]
     blocks = (rows + 15) // 16
@@ -145,7 +148,8 @@ def make_matrix(numbers: Numbers, layout: dict[str, Any]) -> tuple[dict[str, byt
         entries = (inputs + unit - 1) // unit
         order = [(7 * p + 3) % entries for p in range(count)]
         width = 1 if entries <= 256 else 2
-        parts["order"] += b"".join(v.to_bytes(width, "little") for v in order)
+        if stores_order:
+            parts["order"] += b"".join(v.to_bytes(width, "little") for v in order)
         channels = [v * unit + j for v in order for j in range(unit) if v * unit + j < inputs]
         for column, channel in enumerate(channels):
             for r in range(rows):
@@ -228,11 +232,31 @@ MATRICES = {
 }
 
 
-def safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
+# What version 1 has beside them: every kind of matrix, an order that two share, a constant at the border.
+MORE = {
+    "embed": {**matrix((19, 40), [segment(40, 8, 32)], "bfloat16"), "kind": "embedding"},
+    "head": {**matrix((19, 40), [segment(40, 6, 64)]), "kind": "head"},
+    "conv": {**matrix((20, 33), [segment(33, 4, 8, -8192)]), "kind": "conv1d", "transposed": True},
+    "experts.0.up": {**matrix((7, 35), [segment(35, 2, 16)]), "kind": "expert", "transposed": True},
+    "experts.1.up": {**matrix((7, 35), [segment(35, 2, 16)]), "kind": "expert", "transposed": True},
+    "twin": matrix((33, 45), [segment(45, 2, 64, "offset")], order=(1, 45)),
+}
+SHARED = {"twin": "salient"}
+KEPT = {"norm.weight": ("F32", [5], np.array([1, -2, 0.5, 0, 3], dtype="<f4").tobytes())}
+CHECKSUM = "bitfloor.shard_sha256"
+
+
+def with_checksum(file: bytes) -> bytes:
+    """The hash of the file with zeros in its place, put there."""
+    key = f'"{CHECKSUM}":"'.encode()
+    return file.replace(key + b"0" * 64, key + hashlib.sha256(file).hexdigest().encode())
+
+
+def safetensors(tensors: dict[str, tuple[str, list[int], bytes]], **metadata: str) -> bytes:
     """A safetensors file: codes first, then wider elements before narrower ones, data on a multiple of 64."""
     size = {"U8": 1, "U16": 2, "F16": 2, "BF16": 2, "F32": 4}
     names = sorted(tensors, key=lambda n: (not n.endswith(".codes"), -size[tensors[n][0]]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for name in names:
         dtype, shape, data = tensors[name]
@@ -243,13 +267,14 @@ def safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
     return len(text).to_bytes(8, "little") + text + b"".join(tensors[name][2] for name in names)
 
 
-def main(out: Path) -> None:
+def main(out: Path, version: int = 1) -> None:
     """Write ``model.safetensors``, ``config.json`` and ``expected.safetensors`` (float32 weights) to ``out``."""
+    matrices = {**MATRICES, **MORE} if version else MATRICES
     numbers = Numbers(20)
     tensors: dict[str, tuple[str, list[int], bytes]] = {}
     expected: dict[str, tuple[str, list[int], bytes]] = {}
-    for name, layout in MATRICES.items():
-        parts, dense = make_matrix(numbers, layout)
+    for name, layout in matrices.items():
+        parts, dense = make_matrix(numbers, layout, stores_order=name not in SHARED)
         rows, inputs = layout["shape"]
         blocks = (rows + 15) // 16
         half = {"float16": "F16", "bfloat16": "BF16"}[layout["scale_dtype"]]
@@ -266,24 +291,28 @@ def main(out: Path) -> None:
                 described = ("U16", [len(data) // 2]) if wide else ("U8", [len(data)])
             tensors[f"{name}.{part}"] = (*described, data)
         expected[name] = ("F32", [rows, inputs], dense.astype("<f4").tobytes())
+    if version:
+        tensors |= KEPT
     config = {
         "model_type": "golden",
         "quantization_config": {
             "quant_method": "bitfloor",
-            "format_version": 0,
-            "layouts": list(MATRICES.values()),
-            "matrices": {name: index for index, name in enumerate(MATRICES)},
-            "orders": {},
-            "tied": {},
-            "kept": [],
-            "recipe": {},
+            "format_version": version,
+            "layouts": list(matrices.values()),
+            "matrices": {name: index for index, name in enumerate(matrices)},
+            "orders": SHARED if version else {},
+            "tied": {"output.weight": "embed.weight"} if version else {},
+            "kept": list(KEPT) if version else [],
+            "recipe": {"name": "golden", "readers": {"may": ["ignore", "this"]}} if version else {},
         },
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "model.safetensors").write_bytes(safetensors(tensors))
+    file = with_checksum(safetensors(tensors, **{CHECKSUM: "0" * 64})) if version else safetensors(tensors)
+    (out / "model.safetensors").write_bytes(file)
     (out / "expected.safetensors").write_bytes(safetensors(expected))
     (out / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
-    main(HERE / "v0")
+    for number in (0, 1):
+        main(HERE / f"v{number}", number)

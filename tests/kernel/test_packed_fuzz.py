@@ -17,7 +17,7 @@ from bitfloor.ops.form import read_form
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "packed"
 FLAGS = ("-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread", "-w")
-ROUNDS = 300
+PROGRAMS = {"packed_fuzz": 300, "decoder_fuzz": 60}  # rounds
 
 
 def compiler(sanitizers: list[str], folder: Path) -> str:
@@ -40,14 +40,17 @@ def compiler(sanitizers: list[str], folder: Path) -> str:
 def test_nothing_is_read_or_written_that_is_not_there_or_not_ours(kind: str, tmp_path: Path) -> None:
     sanitizers = [f"-fsanitize={kind}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     compile_with = [compiler(sanitizers, tmp_path), *FLAGS, *sanitizers]
-    program = tmp_path / "packed_fuzz"
-    own = Path(__file__).with_name("packed_fuzz.cpp")
-    sources = [str(own), *map(str, sorted(SOURCES.glob("*.cpp")))]
-    subprocess.run([*compile_with, *sources, "-o", str(program)], check=True)
+    objects = []
+    for source in sorted(SOURCES.glob("*.cpp")):
+        objects.append(str(tmp_path / f"{source.stem}.o"))
+        subprocess.run([*compile_with, "-c", str(source), "-o", objects[-1]], check=True)
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    for seed in range(2):
-        done = subprocess.run([program, str(ROUNDS), str(seed)], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
+    for name, rounds in PROGRAMS.items():
+        own, program = Path(__file__).with_name(f"{name}.cpp"), tmp_path / name
+        subprocess.run([*compile_with, f"-I{SOURCES}", str(own), *objects, "-o", str(program)], check=True)
+        for seed in range(2):
+            done = subprocess.run([program, str(rounds), str(seed)], env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{name}: {done.stderr[-4000:]}"
 
 
 def test_a_form_is_refused_by_both_sides_or_by_none() -> None:

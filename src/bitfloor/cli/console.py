@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from bitfloor.core.errors import FormatWarning
 
 PIPE_WIDTH = 160  # columns of a table that goes into a file or a pipe, where there is no terminal to ask
 
@@ -53,6 +57,22 @@ def display(*renderables: RenderableType) -> None:
     with console.capture() as captured:
         console.print(*renderables, sep="\n")
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+
+@contextmanager
+def own_warnings() -> Iterator[None]:
+    """Inside, warnings of bitfloor's own are notes on stderr; others are shown as Python shows them."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, FormatWarning):
+                print_note(f"note: {message}")
+            else:
+                shown(message, category, *place)
+
+        warnings.showwarning = show
+        yield
 
 
 def print_json(data: Any) -> None:

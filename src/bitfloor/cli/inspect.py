@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -21,13 +22,14 @@ def inspect(
     image: Annotated[
         Path | None, typer.Option("--image", metavar="FILE.png", help="With --bits: draw the bit map too.")
     ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all files and compare their checksums.")] = False,
 ) -> None:
     """Show bits, bytes, errors and times, layer by layer."""
     if image is not None and not bits:
         raise InputError("--image draws the bit map of --bits; add --bits.")
     if bits and as_json:
         raise InputError("--bits is a table, and --json prints the layers with their segments; use one of them.")
-    found = inspect_folder(folder)
+    found = inspect_folder(folder, verify=verify)
     if bits:
         _show_bits(found, folder, image)
         return
@@ -71,6 +73,8 @@ def summary(found: Inspection) -> Table:
     return pairs(
         [
             ("recipe", str(found.recipe.get("name", "unknown"))),
+            ("format version", str(found.format_version)),
+            *checked(found.verified),
             ("bits per linear weight", "-" if linear is None else f"{linear:.3f}"),
             ("bits per parameter", f"{found.bits_per_parameter:.3f}"),
             ("size", f"{in_bytes(nbytes['total'])}, {found.ratio:.2f}x smaller than at 16 bits"),
@@ -80,6 +84,15 @@ def summary(found: Inspection) -> Table:
             *learnt,
         ],
     )
+
+
+def checked(verified: Mapping[str, list[str]] | None) -> list[tuple[str, str]]:
+    """What --verify found, in words."""
+    if verified is None:
+        return []
+    without = verified["without_checksum"]
+    said = f"{len(verified['files'])} as written"
+    return [("files", f"{said}, {len(without)} without a checksum ({', '.join(without)})" if without else said)]
 
 
 def _row(layer: Layer, learnt: bool) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from bitfloor.core.errors import InputError
 from bitfloor.core.headers import CONFIG, TensorEntry
 from bitfloor.formats.atomic import read_json
 from bitfloor.formats.checkpoint import check_accounting, read_checkpoint
-from bitfloor.formats.layout import NativeConfig
+from bitfloor.formats.layout import NativeConfig, announce_version
+from bitfloor.formats.verify import verify_checkpoint
 from bitfloor.pipeline.timing import recall
 
 REPORT = "bitfloor.json"
@@ -78,6 +79,8 @@ class Inspection:
         linear_weights: weights of the linears, kept ones included.
         tuning: divergence ``before`` and ``after``, and the ``step`` kept, of a tuned model; else None.
         restoration: held-out loss ``before`` and ``after``, and the ``step`` kept, of a restored model; else None.
+        format_version: as it lies on disk.
+        verified: shards whose bytes were compared, and shards without anything to compare with; None if not asked.
     """
 
     recipe: dict[str, Any]
@@ -87,6 +90,8 @@ class Inspection:
     linear_weights: int
     tuning: Mapping[str, Any] | None = None
     restoration: Mapping[str, Any] | None = None
+    format_version: int = 0
+    verified: Mapping[str, list[str]] | None = None
 
     @property
     def bits_per_linear_weight(self) -> float | None:
@@ -110,6 +115,8 @@ class Inspection:
             "bytes": self.nbytes,
             "tuning": _course(self.tuning),
             "restoration": _course(self.restoration),
+            "format_version": self.format_version,
+            "verified": None if self.verified is None else dict(self.verified),
             "layers": [
                 {
                     "name": layer.name,
@@ -132,8 +139,12 @@ def _course(stage: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return None if stage is None else {key: stage[key] for key in ("before", "after", "step")}
 
 
-def inspect_folder(folder: Path) -> Inspection:
+def inspect_folder(folder: Path, *, verify: bool = False) -> Inspection:
     """Read a bitfloor folder and check that its files, its config and its report agree.
+
+    Args:
+        folder: it.
+        verify: compare the bytes of all files with their checksums too.
 
     Raises:
         InputError: not a bitfloor folder (the message says what it is), a damaged one, or one whose report is of
@@ -143,10 +154,15 @@ def inspect_folder(folder: Path) -> Inspection:
         raise InputError(f"{folder} holds an unfinished run; repeat its bitfloor quantize command to finish it.")
     checkpoint = read_checkpoint(folder)
     native = checkpoint.native
+    announce_version(native)
     check_accounting(folder, native, checkpoint.tensors)
     report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
     facts: Mapping[str, Any] = report.get("matrices", {})
     kept = {name: entry for name, (_, entry) in checkpoint.tensors.items()}
+    verified = None
+    if verify:
+        compared = verify_checkpoint(checkpoint, report.get("files"))
+        verified = {"files": sorted(compared.files), "without_checksum": list(compared.without)}
     seconds = recall(report.get("made_from", {}))
     layers: list[Layer] = []
     for name in sorted(native.matrices, key=lambda name: _natural(name, native.layout_of(name)["kind"])):
@@ -154,7 +170,7 @@ def inspect_folder(folder: Path) -> Inspection:
             del kept[tensor]
         found = {**facts.get(name, {}), "seconds": seconds.get(name)}
         layers.append(_layer(name, native.layout_of(name), checkpoint.matrix_bytes(name), found))
-    return _totals(folder, native, layers, kept, report)
+    return replace(_totals(folder, native, layers, kept, report), verified=verified)
 
 
 def _layer(name: str, layout: Mapping[str, Any], nbytes: int, facts: Mapping[str, Any]) -> Layer:
@@ -196,7 +212,8 @@ def _totals(
         )
     recipe = dict(config.recipe) | dict(report.get("recipe", {}))
     stages = (report.get("tuning"), report.get("restoration"))
-    return Inspection(recipe, tuple(layers), nbytes, sum(weights.values()), weights["linears"], *stages)
+    parameters = sum(weights.values())
+    return Inspection(recipe, tuple(layers), nbytes, parameters, weights["linears"], *stages, config.version)
 
 
 def _parts_of_kept(matrices: Iterable[str]) -> dict[str, str]:

@@ -19,12 +19,14 @@ import typer
 from typer.main import get_command
 
 from bitfloor.cli.allocate import allocate
+from bitfloor.cli.bench import bench
 from bitfloor.cli.chat import chat
-from bitfloor.cli.console import PipeClosed, print_error, print_text
+from bitfloor.cli.console import PipeClosed, own_warnings, print_error, print_text
 from bitfloor.cli.environment import env
 from bitfloor.cli.evaluate import evaluate, export
 from bitfloor.cli.generate import generate
 from bitfloor.cli.inspect import inspect
+from bitfloor.cli.migrate import migrate
 from bitfloor.cli.quantize import plan, quantize
 from bitfloor.cli.recipes import app as recipes
 from bitfloor.cli.serve import serve
@@ -49,6 +51,8 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("serve")(serve)
 app.command("export")(export)
+app.command("migrate")(migrate)
+app.command("bench")(bench)
 app.add_typer(recipes, name="recipes")
 app.command("plan")(plan)
 app.command("allocate")(allocate)
@@ -87,7 +91,8 @@ def main(arguments: Sequence[str]) -> int:
     debug = DEBUG in arguments
     rest = [argument for argument in arguments if argument != DEBUG] or ["--help"]
     try:
-        code = _execute(rest)
+        with own_warnings():
+            code = _execute(rest)
         sys.stdout.flush()
         return code
     except (BrokenPipeError, PipeClosed):

@@ -13,3 +13,7 @@ class InputError(BitfloorError):
     """Wrong usage or wrong input, found at the border before anything was written."""
 
     exit_code = 2
+
+
+class FormatWarning(UserWarning):
+    """A checkpoint was read in another way than it will be written: nothing is wrong, and the user should know."""

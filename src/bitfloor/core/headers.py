@@ -42,6 +42,8 @@ METADATA = "__metadata__"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?")
+SHARD_CHECKSUM = "bitfloor.shard_sha256"  # in the metadata of a checkpoint's shard, see docs/format.md
+NO_CHECKSUM = "0" * 64  # what stands there while it is computed
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library; a longer one is a corrupt length field
 
 
@@ -99,6 +101,19 @@ def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
     return len(text).to_bytes(8, "little") + text
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads``: a table in which no key stands twice, of which a reader would drop one without a word.
+
+    Raises:
+        ValueError: one does.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
+
+
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of a safetensors file. Imports neither torch nor safetensors.
 
@@ -122,7 +137,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; check the path and its permissions.") from error
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=unique_keys)
         metadata = {str(key): str(value) for key, value in content.pop(METADATA, {}).items()}
         tensors = {name: _entry(path, name, value, 8 + length) for name, value in content.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

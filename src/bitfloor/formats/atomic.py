@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bitfloor.core.errors import BitfloorError, InputError
+from bitfloor.core.headers import unique_keys
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -95,14 +96,18 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         file.write(text.encode())
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], *, strict: bool = False) -> Any:
     """Read a JSON file.
+
+    Args:
+        path: the file.
+        strict: refuse a table in which a key stands twice.
 
     Raises:
         InputError: it cannot be read or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(Path(path).read_bytes(), object_pairs_hook=unique_keys if strict else None)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; check the path and its permissions.") from error
     except ValueError as error:

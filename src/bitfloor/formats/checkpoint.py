@@ -52,9 +52,10 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     found = detect(folder)
     if found.kind is not Kind.NATIVE:
         raise InputError(_not_native(folder, found.kind, found.detail))
-    config = read_json(folder / CONFIG)
-    native = parse_config(config["quantization_config"])
+    config = read_json(folder / CONFIG, strict=True)
+    native = parse_config(config.get("quantization_config"))
     tensors = read_entries(shard_paths(folder))
+    check_index(folder, tensors)
     check_tensors(native, tensors)
     check_accounting(folder, native, tensors)
     return Checkpoint(folder, config, native, tensors)
@@ -71,24 +72,56 @@ def shard_paths(folder: Path) -> list[Path]:
         if not single.exists():
             raise InputError(f"{folder} has a {CONFIG} but no weights (model.safetensors); copy the whole folder.")
         return [single]
-    index = read_json(folder / INDEX)
-    try:
-        names = sorted(set(index["weight_map"].values()))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{folder / INDEX} has no weight_map; copy or download it again.") from error
+    names = sorted(set(_weight_map(folder).values()))
     for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):  # nor a path that leads out of the folder
+            raise InputError(f"{folder / INDEX} names {name!r}, which is no name of a shard; copy the folder again.")
         if not (folder / name).exists():
             raise InputError(f"{folder / name} is missing, although {INDEX} names it; copy the whole folder.")
     return [folder / name for name in names]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    index = read_json(folder / INDEX, strict=True)
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if not (isinstance(found, dict) and found and all(isinstance(name, str) for name in found.values())):
+        raise InputError(f"{folder / INDEX} has no weight_map; copy or download it again.")
+    return found
 
 
 def read_entries(paths: Iterable[str | os.PathLike[str]]) -> dict[str, tuple[Path, TensorEntry]]:
     """Tensor name to ``(file, entry)`` over several files.
 
     Raises:
-        InputError: a damaged file.
+        InputError: a damaged file, or a tensor that is in two files.
     """
-    return {name: (Path(path), entry) for path in paths for name, entry in read_header(path).tensors.items()}
+    found: dict[str, tuple[Path, TensorEntry]] = {}
+    for path in map(Path, paths):
+        for name, entry in read_header(path).tensors.items():
+            if name in found:
+                raise InputError(
+                    f"tensor {name!r} is in {found[name][0].name} and in {path}; the shards are of two checkpoints, "
+                    "copy the folder again."
+                )
+            found[name] = (path, entry)
+    return found
+
+
+def check_index(folder: Path, tensors: dict[str, tuple[Path, TensorEntry]]) -> None:
+    """Compare the index of a folder, if it has one, with where tensors are.
+
+    Raises:
+        InputError: it names a tensor that is not there, or another file, or leaves one out.
+    """
+    if not (folder / INDEX).exists():
+        return
+    said, there = _weight_map(folder), {name: path.name for name, (path, _) in tensors.items()}
+    if wrong := sorted(name for name in {*said, *there} if said.get(name) != there.get(name)):
+        name = wrong[0]
+        raise InputError(
+            f"{folder / INDEX} has tensor {name!r} in {said.get(name, 'no file')} and it is in "
+            f"{there.get(name, 'no file')}; the files are of two checkpoints, copy the folder again."
+        )
 
 
 def check_tensors(native: NativeConfig, tensors: dict[str, tuple[Path, TensorEntry]]) -> None:

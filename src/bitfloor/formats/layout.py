@@ -2,20 +2,22 @@
 
 Plain data and arithmetic, no torch: ``bitfloor inspect`` and the loaders check a checkpoint with this before a single
 tensor is read. ``docs/format.md`` is the specification; unknown keys are refused, because a reader that ignores what it
-does not understand returns wrong weights.
+does not understand returns wrong weights. Version 0 is read too, by :func:`from_version_0`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitfloor.core.errors import InputError
+from bitfloor.core.errors import FormatWarning, InputError
 from bitfloor.core.spec import is_rotation
 
 QUANT_METHOD = "bitfloor"
-FORMAT_VERSION = 0
+FORMAT_VERSION = 1
 KINDS = ("linear", "conv1d", "expert", "embedding", "head")
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 SCALE_TYPES = {"float16": "F16", "bfloat16": "BF16"}
@@ -25,6 +27,9 @@ PACKED, CENTRE = "packed", "centre"  # zero-points: one a group, or (2^b - 1) / 
 SEGMENT_KEYS = {"columns", "bits", "group_size", "zero", "offset", "channel_scale"}
 OPTIONAL_KEYS = {"rotation", "channels"}  # absent for none
 CONFIG_KEYS = {"quant_method", "format_version", "layouts", "matrices", "orders", "tied", "kept", "recipe"}
+MOST = 1 << 30  # rows, columns, columns of a group, entries of an order: no size that follows overflows 64 bits
+MOST_SEGMENTS = 1 << 16
+LARGEST_ZERO = 1 << 13  # of a constant zero-point: its product with a scale (11 bits) is then exact in float32
 
 Layout = dict[str, Any]
 
@@ -47,6 +52,18 @@ def order_type(layout: Layout) -> str:
 def index_type(entries: int) -> str:
     """Smallest unsigned type that tells so many entries apart."""
     return "U8" if entries <= 1 << 8 else "U16" if entries <= 1 << 16 else "U32"
+
+
+def order_fault(layout: Layout, order: Sequence[int]) -> str | None:
+    """Why the entries of a stored order cannot be the order of a layout; a clause, or None if they can."""
+    inputs, unit = layout["shape"][1], layout["order"]["unit"]
+    entries = -(-inputs // unit)
+    if order and max(order) >= entries:
+        return f"names entry {max(order)} of {entries}"
+    cut = entries * unit - inputs  # channels that the last entry lacks
+    found = unit * len(order) - cut * sum(entry == entries - 1 for entry in order)
+    stored = sum(segment["columns"] for segment in layout["segments"])
+    return None if found == stored else f"names {found} channels for {stored} stored columns"
 
 
 def part_shapes(layout: Layout, *, with_order: bool = True) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -97,8 +114,10 @@ def check_layout(layout: Any, where: str) -> Layout:
         raise _bad(where, "shape", rows_columns)
     if layout["kind"] not in KINDS:
         raise _bad(where, "kind", layout["kind"])
-    if not isinstance(layout["transposed"], bool):
-        raise _bad(where, "transposed", layout["transposed"])
+    transposed = layout["transposed"]
+    fits = {"expert": (True, False), "conv1d": (True,)}.get(layout["kind"], (False,))
+    if not isinstance(transposed, bool) or transposed not in fits:
+        raise _bad(where, "transposed", transposed)
     if layout["scale_dtype"] not in SCALE_TYPES:
         raise _bad(where, "scale_dtype", layout["scale_dtype"])
     rotation = layout.get("rotation", 2)
@@ -106,11 +125,13 @@ def check_layout(layout: Any, where: str) -> Layout:
         raise _bad(where, "rotation", rotation)
     if layout.get("channels", True) is not True:
         raise _bad(where, "channels", layout["channels"])
-    if not (_is_list(segments) and segments):
-        raise _bad(where, "segments", segments)
+    if not (_is_list(segments) and 0 < len(segments) <= MOST_SEGMENTS):
+        raise _bad(where, "segments", f"{len(segments)} of them" if segments and _is_list(segments) else segments)
     for index, segment in enumerate(segments):
         _check_segment(segment, f"{where}, segment {index}")
     stored = sum(segment["columns"] for segment in segments)
+    if stored > MOST:
+        raise _bad(where, "segments", f"{stored} columns")
     if order is None:
         if stored != rows_columns[1]:
             raise _bad(where, "segments", f"{stored} columns of {rows_columns[1]} without an order")
@@ -127,7 +148,7 @@ def _check_segment(segment: Any, where: str) -> None:
     _check_keys(segment, SEGMENT_KEYS, where)
     if not _is_count(segment["columns"]):
         raise _bad(where, "columns", segment["columns"])
-    if segment["bits"] not in WIDTHS or isinstance(segment["bits"], bool):
+    if segment["bits"] not in WIDTHS or not _is_count(segment["bits"]):
         raise _bad(where, "bits", segment["bits"])
     if not _is_count(segment["group_size"]):
         raise _bad(where, "group_size", segment["group_size"])
@@ -135,7 +156,8 @@ def _check_segment(segment: Any, where: str) -> None:
         if not isinstance(segment[key], bool):
             raise _bad(where, key, segment[key])
     zero = segment["zero"]
-    if not (zero is None or zero in (PACKED, CENTRE) or (isinstance(zero, int) and not isinstance(zero, bool))):
+    constant = isinstance(zero, int) and not isinstance(zero, bool) and abs(zero) <= LARGEST_ZERO
+    if not (zero is None or zero in (PACKED, CENTRE) or constant):
         raise _bad(where, "zero", zero)
     if (zero is None) != segment["offset"]:
         raise _bad(where, "zero", f"{zero} together with offset {segment['offset']}")
@@ -161,7 +183,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST
 
 
 @dataclass(frozen=True)
@@ -174,7 +196,8 @@ class NativeConfig:
         orders: matrix name to the name of the matrix that stores its order (input groups store it once).
         tied: parameter name to the name of the parameter it shares, as in ``{"lm_head.weight": "wte.weight"}``.
         kept: names of the tensors stored as they were.
-        recipe: ``{"name", "sha256"}`` of what was done, or empty.
+        recipe: ``{"name", "sha256"}`` of what was done, or anything else, or empty: readers ignore it.
+        version: the format version that it was read from. What is written is always ``FORMAT_VERSION``.
     """
 
     layouts: tuple[Layout, ...]
@@ -182,7 +205,8 @@ class NativeConfig:
     orders: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
-    recipe: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
 
     def layout_of(self, name: str) -> Layout:
         """The layout of a matrix."""
@@ -212,7 +236,7 @@ def build_config(
     orders: Mapping[str, str] | None = None,
     tied: Mapping[str, str] | None = None,
     kept: Iterable[str] = (),
-    recipe: Mapping[str, str] | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> NativeConfig:
     """Collect the layouts of all matrices, equal ones once, in the order of their first use.
 
@@ -244,23 +268,69 @@ def parse_config(content: Any) -> NativeConfig:
     if not isinstance(content, Mapping) or content.get("quant_method") != QUANT_METHOD:
         raise InputError("this is not a bitfloor checkpoint: config.json has no quantization_config of bitfloor's.")
     version = content.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version <= FORMAT_VERSION:
         raise InputError(
-            f"the checkpoint has format_version {version!r} and this bitfloor reads version {FORMAT_VERSION}; "
-            "install a bitfloor that reads it, or quantize the model again."
+            f"the checkpoint has format_version {version!r} and this bitfloor reads versions 0 to {FORMAT_VERSION}; "
+            "install a newer bitfloor, or quantize the model again."
         )
+    if version == 0:
+        content = from_version_0(content)
     _check_keys(content, CONFIG_KEYS, where)
+    if not _is_list(content["layouts"]):
+        raise _bad(where, "layouts", content["layouts"])
     layouts = tuple(check_layout(layout, f"{where}, layout {i}") for i, layout in enumerate(content["layouts"]))
-    matrices = dict(content["matrices"])
+    matrices, orders, tied = (_table(content, key) for key in ("matrices", "orders", "tied"))
     for name, index in matrices.items():
-        if not isinstance(index, int) or not 0 <= index < len(layouts):
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(layouts):
             raise _bad(f"{where}, matrix {name!r}", "layout", index)
-    orders = dict(content["orders"])
     for name, other in orders.items():
-        known = name in matrices and other in matrices and other not in orders
+        known = name in matrices and isinstance(other, str) and other in matrices and other not in orders
         own, its = (layouts[matrices[n]] if known else {} for n in (name, other))
         if not known or own["order"] is None or (own["order"], own["shape"][1]) != (its["order"], its["shape"][1]):
             raise _bad(f"{where}, orders", name, other)
-    return NativeConfig(
-        layouts, matrices, orders, dict(content["tied"]), tuple(content["kept"]), dict(content["recipe"])
-    )
+    kept = content["kept"]
+    if not _is_list(kept) or not all(isinstance(name, str) for name in kept):
+        raise _bad(where, "kept", kept)
+    config = NativeConfig(layouts, matrices, orders, tied, tuple(kept), _table(content, "recipe"), version)
+    _check_names(config)
+    return config
+
+
+def from_version_0(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of version 0 as one of version 1: the number alone differs.
+
+    Every value that a writer of version 0 wrote is allowed in version 1 and means the same. Values that no writer wrote
+    and that version 1 excludes are refused by the checks that follow.
+    """
+    return {**content, "format_version": 1}
+
+
+def announce_version(config: NativeConfig) -> None:
+    """Say, once in a process, that a checkpoint is of an older version."""
+    if config.version != FORMAT_VERSION:
+        warnings.warn(
+            f"the checkpoint is of format version {config.version} and is read as version {FORMAT_VERSION}; "
+            "`bitfloor migrate` writes it anew, with checksums.",
+            FormatWarning,
+            stacklevel=1,  # one place, whoever asks: said once
+        )
+
+
+def _table(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    if not isinstance(content[key], Mapping):
+        raise _bad("quantization_config", key, content[key])
+    return dict(content[key])
+
+
+def _check_names(config: NativeConfig) -> None:
+    """Every stored name once; a tied parameter is stored under the other's name, and that one is stored."""
+    stored = [name for matrix in config.matrices for name, _, _ in config.tensors_of(matrix)]
+    counts = Counter([*stored, *config.kept])
+    if twice := sorted(name for name, count in counts.items() if count > 1):
+        raise _bad("quantization_config", "the tensor", f"{twice[0]}, twice")
+    parameters = {f"{matrix}.weight" for matrix in config.matrices}
+    kept = set(config.kept)
+    for target, source in config.tied.items():
+        there = isinstance(source, str) and (source in kept or source in parameters)
+        if not there or target in kept or target in parameters:
+            raise _bad("quantization_config, tied", target, source)

@@ -1,4 +1,4 @@
-"""The native format, version 0: a packed matrix as up to seven tensors (``docs/format.md`` is the specification).
+"""The native format, version 1: a packed matrix as up to seven tensors (``docs/format.md`` is the specification).
 
     NAME.codes          uint8 [Ob, sum T * 64 * b]      by row block; inside one, all segments' tiles in order
     NAME.scale          16 bit [Ob, sum G, 16]
@@ -24,15 +24,25 @@ from bitfloor.core.channels import is_order
 from bitfloor.core.errors import BitfloorError, InputError
 from bitfloor.core.packed import PackedWeight, Segment, centre, index_dtype, order_dtype
 from bitfloor.formats.base import Get
-from bitfloor.formats.layout import CENTRE, PACKED, Layout, code_bytes, groups, part_shapes, tensor_names
+from bitfloor.formats.layout import (
+    CENTRE,
+    LARGEST_ZERO,
+    PACKED,
+    Layout,
+    code_bytes,
+    groups,
+    order_fault,
+    part_shapes,
+    tensor_names,
+)
 
-__all__ = ["assemble", "check_channels", "decode", "encode", "layout", "reject", "tensor_names"]
+__all__ = ["assemble", "check_channels", "check_order", "decode", "encode", "layout", "reject", "tensor_names"]
 
 SCALE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def reject(weight: PackedWeight) -> str | None:
-    """Why version 0 cannot hold ``weight``, or None if it can."""
+    """Why version 1 cannot hold ``weight``, or None if it can."""
     if not weight.segments:
         return "it has no segments"
     position = 0
@@ -50,6 +60,8 @@ def reject(weight: PackedWeight) -> str | None:
             return f"segment {index} has a zero-point of {int(zero.max())}, too large for {segment.bits} bits"
         if isinstance(zero, float) and not zero.is_integer() and zero != centre(segment.bits):
             return f"segment {index} has a zero-point of {zero}, neither whole nor the centre of its levels"
+        if isinstance(zero, int | float) and abs(zero) > LARGEST_ZERO:
+            return f"segment {index} has a zero-point of {zero}, more than {LARGEST_ZERO} from 0"
         position = segment.stop
     if weight.channels is not None and not is_order(weight.channels.tolist(), weight.shape[1]):
         return f"its channels are no order of its {weight.shape[1]} columns"
@@ -165,6 +177,21 @@ def check_channels(name: str, channels: Tensor | None) -> None:
     """
     if channels is not None and not is_order(channels.tolist(), channels.numel()):
         raise InputError(f"{name}.channels is no order of its {channels.numel()} input channels; copy the file again.")
+
+
+def check_order(name: str, layout: Layout, order: Tensor) -> None:
+    """Refuse a stored order that names channels which do not exist, or more or fewer than there are stored columns.
+
+    Args:
+        name: of the matrix that stores it.
+        layout: its layout.
+        order: as stored ``[count]``.
+
+    Raises:
+        InputError: naming the matrix.
+    """
+    if reason := order_fault(layout, order.tolist()):
+        raise InputError(f"{name}.order {reason}; copy the file again.")
 
 
 def assemble(layout: Layout, parts: Mapping[str, Tensor], rows: int) -> PackedWeight:

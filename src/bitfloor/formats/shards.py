@@ -1,7 +1,8 @@
 """The checkpoint writer: tensors from many places into a few shards, holding a few megabytes at a time.
 
 Nothing is written under its final name before it is complete, every shard is read back and compared tensor by tensor
-with what was meant to be written, and ``config.json`` comes last: a folder without it is not a model.
+with what was meant to be written, and ``config.json`` comes last: a folder without it is not a model. A shard carries a
+checksum of itself (:mod:`bitfloor.formats.verify` compares it).
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from bitfloor.core.errors import BitfloorError
 from bitfloor.core.headers import (
     CONFIG,
     INDEX,
+    NO_CHECKSUM,
+    SHARD_CHECKSUM,
     WEIGHT_FILES,
     TensorEntry,
     build_header,
     byte_count,
     read_header,
 )
-from bitfloor.formats.atomic import atomic_file, make_folder, storage_error, write_json
+from bitfloor.formats.atomic import TEMPORARY_SUFFIX, atomic_file, make_folder, storage_error, write_json
 from bitfloor.formats.checkpoint import check_accounting, check_tensors, read_entries, shard_paths
 from bitfloor.formats.files import describe_tensor, read_chunks, storage_order, tensor_bytes, verify_artifact
 from bitfloor.formats.layout import parse_config
@@ -181,22 +184,56 @@ class CheckpointWriter:
             raise storage_error(error, self.folder / file_name) from error
 
     def _write_shard(self, file_name: str, names: list[str]) -> str:
-        path = self.folder / file_name
-        described = {name: (self._pending[name].dtype, self._pending[name].shape) for name in names}
-        header = build_header(described, SHARD_METADATA)
-        whole = hashlib.sha256(header)
-        expected: dict[str, str] = {}
-        with atomic_file(path) as file:
-            file.write(header)
-            for name in names:
-                expected[name] = _copy(file, self._pending[name].chunks(), whole)
-        try:
-            _read_back(path, described, expected)
-        except BitfloorError:
-            with suppress(OSError):
-                path.unlink()
-            raise
-        return whole.hexdigest()
+        return write_shard(self.folder / file_name, {name: self._pending[name] for name in names}, SHARD_METADATA)
+
+
+def write_shard(path: Path, tensors: Mapping[str, Pending], metadata: Mapping[str, str]) -> str:
+    """Write one shard, atomically, with its checksum, and read it back before it has its name.
+
+    Args:
+        path: the file; one that is there is replaced.
+        tensors: what to write, in the order of the data.
+        metadata: of its header, the checksum not among it.
+
+    Returns:
+        sha256 of the whole file.
+
+    Raises:
+        InputError: no permission, read-only disk.
+        BitfloorError: the disk is full, or what was read back differs.
+    """
+    described = {name: (pending.dtype, pending.shape) for name, pending in tensors.items()}
+    header = build_header(described, {**metadata, SHARD_CHECKSUM: NO_CHECKSUM})
+    whole = hashlib.sha256(header)
+    expected: dict[str, str] = {}
+    with atomic_file(path) as file:
+        file.write(header)
+        for name, pending in tensors.items():
+            expected[name] = _copy(file, pending.chunks(), whole)
+        file.seek(header.index(f'"{SHARD_CHECKSUM}":"{NO_CHECKSUM}"'.encode()) + len(SHARD_CHECKSUM) + 4)
+        file.write(whole.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+        return _read_back(Path(file.name), described, expected, whole.hexdigest())
+
+
+def rewrite_shard(source: Path, target: Path) -> str:
+    """Write a shard anew as this version writes it: the same tensors in the same order, and a checksum.
+
+    Args:
+        source: a safetensors file.
+        target: where to; may be the same file.
+
+    Returns:
+        sha256 of the whole new file.
+
+    Raises:
+        InputError, BitfloorError: as :func:`write_shard`; a damaged source.
+    """
+    header = read_header(source)
+    metadata = {key: value for key, value in header.metadata.items() if key != SHARD_CHECKSUM}
+    tensors = {name: _from_file(source, entry) for name, entry in header.tensors.items()}
+    return write_shard(target, tensors, SHARD_METADATA | metadata)
 
 
 def _from_file(path: str | os.PathLike[str], entry: TensorEntry) -> Pending:
@@ -220,19 +257,33 @@ def _copy(file: BinaryIO, chunks: Iterable[bytes | memoryview], whole: hashlib._
     return digest.hexdigest()
 
 
-def _read_back(path: Path, described: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, str]) -> None:
-    """Compare a written shard with what was meant to be in it, from the device where the system allows that."""
+def _read_back(
+    path: Path, described: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, str], checksum: str
+) -> str:
+    """Compare a written shard with what was meant to be in it, from the device where the system allows that.
+
+    Returns:
+        sha256 of the whole file.
+    """
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file, suppress(OSError):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    entries = read_header(path).tensors
+    header = read_header(path)
+    entries = header.tensors
+    name_of = path.with_name(path.name.removesuffix(TEMPORARY_SUFFIX))
     if {name: (entry.dtype, entry.shape) for name, entry in entries.items()} != dict(described):
-        raise BitfloorError(f"{path} does not contain the tensors that were written; check the disk and run again.")
+        raise BitfloorError(f"{name_of} does not contain the tensors that were written; check the disk and run again.")
+    if header.metadata.get(SHARD_CHECKSUM) != checksum:
+        raise BitfloorError(f"{name_of} does not have the checksum that was written; check the disk and run again.")
+    with path.open("rb") as file:
+        whole = hashlib.sha256(file.read(min((entry.start for entry in entries.values()), default=-1)))
     for name, entry in entries.items():
         digest = hashlib.sha256()
         for chunk in read_chunks(path, entry):
             digest.update(chunk)
+            whole.update(chunk)
         if digest.hexdigest() != expected[name]:
             raise BitfloorError(
-                f"tensor {name!r} read back from {path} differs from what was written; check the disk and run again."
+                f"tensor {name!r} read back from {name_of} differs from what was written; check the disk and run again."
             )
+    return whole.hexdigest()

@@ -2,7 +2,7 @@
 
 A library of its own beside that of :mod:`bitfloor.ops.native`, built and loaded in the same way. What it computes is
 defined by :mod:`bitfloor.ops.packed_reference`. It takes the best instruction set that it finds;
-``BITFLOOR_CPU=portable`` or ``avx2`` holds it to less, for tests and for comparing.
+``BITFLOOR_CPU=portable`` or ``avx2`` (``neon`` on ARM) holds it to less, for tests and for comparing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from platform import machine
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ from bitfloor.core.errors import BitfloorError, InputError
 from bitfloor.ops.form import PARTS, Form
 
 CPU = "BITFLOOR_CPU"
-LEVELS = ("portable", "avx2", "avx512")
+ARM = ("aarch64", "arm64")
+# Instruction sets, from none on: what a processor of this kind may have.
+LEVELS = ("portable", "neon", "dotprod") if machine().lower() in ARM else ("portable", "avx2", "avx512")
 FOLDER = Path(__file__).resolve().parent
-ABI = 1  # of csrc/packed/interface.cpp: raised with every change of a signature or of a value
+ABI = 2  # of csrc/packed/interface.cpp: raised with every change of a signature or of a value
 MOST_ROWS = 8  # rows of x that one product takes
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -35,6 +38,7 @@ SIGNATURES = {
     "bitfloor_packed_huge": (POINTER, INTEGER),
     "bitfloor_packed_read": (POINTER, INTEGER, INTEGER),
     "bitfloor_packed_plan": (POINTER, INTEGER, POINTER, INTEGER),
+    "bitfloor_packed_index": (*(POINTER,) * 5,),
     "bitfloor_packed_input": (*(POINTER,) * 5, INTEGER, INTEGER, POINTER),
     "bitfloor_packed_product": (*(POINTER,) * 5, *(INTEGER,) * 4),
     "bitfloor_packed_linear": (*(POINTER,) * 3, INTEGER, POINTER, POINTER, *(INTEGER,) * 4),
@@ -62,6 +66,7 @@ class PackedLibrary:
             function = getattr(library, name)
             function.argtypes, function.restype = types, INTEGER
         self._library = library
+        self.functions = library  # for what else is in it
         self.best = LEVELS[library.bitfloor_packed_level()]
         self.level = len(LEVELS) - 1  # the instruction set to use, as an index of ``LEVELS``; the best, if that is less
 
@@ -82,11 +87,11 @@ class PackedLibrary:
         (height, width), size = form.shape, x.element_size()
         out = torch.empty(*x.shape[:-1], height, dtype=torch.float32)
         pointers = (POINTER * 7)(*[_pointer(given.get(name)) for name in PARTS])
-        plan, kind, threads = self._plan(form), TYPES[x.dtype], torch.get_num_threads()
+        plan, kind, threads = self.plan(form), TYPES[x.dtype], torch.get_num_threads()
         rows, start, y, shift = x.numel() // width, x.data_ptr(), out.data_ptr(), _pointer(bias)
         for at in range(0, rows, MOST_ROWS):
             here, there, count = start + size * at * width, y + 4 * at * height, min(MOST_ROWS, rows - at)
-            _done(
+            done(
                 self._library.bitfloor_packed_linear(
                     plan, pointers, here, kind, shift, there, count, int8, self.level, threads
                 )
@@ -97,9 +102,9 @@ class PackedLibrary:
         """See :func:`bitfloor.ops.packed_reference.stored_input`; ``x`` is float32, float16 or bfloat16."""
         x, given = x.contiguous(), _contiguous(form, parts)
         out = torch.empty(*x.shape[:-1], form.padded, dtype=torch.float32)
-        plan, rows = self._plan(form), x.numel() // form.shape[1]
+        plan, rows = self.plan(form), x.numel() // form.shape[1]
         pointers = [_pointer(given.get(name)) for name in ("channels", "order", "channel_scale")]
-        _done(self._library.bitfloor_packed_input(plan, *pointers, x.data_ptr(), TYPES[x.dtype], rows, out.data_ptr()))
+        done(self._library.bitfloor_packed_input(plan, *pointers, x.data_ptr(), TYPES[x.dtype], rows, out.data_ptr()))
         return out
 
     def product(self, stored: Tensor, parts: Sequence[Tensor], bias: Tensor | None, form: Form, int8: bool) -> Tensor:
@@ -109,10 +114,10 @@ class PackedLibrary:
         height, width = form.shape[0], form.padded
         out = torch.empty(*stored.shape[:-1], height, dtype=torch.float32)
         pointers = (POINTER * 4)(*(_pointer(given.get(name)) for name in ("codes", "scale", "zero", "offset")))
-        plan, level, threads = self._plan(form), self.level, torch.get_num_threads()
+        plan, level, threads = self.plan(form), self.level, torch.get_num_threads()
         rows, x, y = stored.numel() // width, stored.data_ptr(), out.data_ptr()
         for at in range(0, rows, MOST_ROWS):
-            _done(
+            done(
                 self._library.bitfloor_packed_product(
                     plan,
                     pointers,
@@ -137,8 +142,8 @@ class PackedLibrary:
         out = torch.empty(count, form.shape[1], dtype=torch.float32)
         names = ("codes", "scale", "zero", "offset", "channel_scale", "order")
         pointers = (POINTER * 6)(*(_pointer(given.get(name)) for name in names))
-        plan, level, threads = self._plan(form), self.level, torch.get_num_threads()
-        _done(
+        plan, level, threads = self.plan(form), self.level, torch.get_num_threads()
+        done(
             self._library.bitfloor_packed_rows(
                 plan, pointers, _pointer(ids), first, count, out.data_ptr(), level, threads
             )
@@ -154,7 +159,20 @@ class PackedLibrary:
         size = tensor.numel() * tensor.element_size()
         return int(self._library.bitfloor_packed_read(tensor.data_ptr(), size, torch.get_num_threads()))
 
-    def _plan(self, form: Form) -> ctypes.Array[ctypes.c_char]:
+    def index(self, form: Form, parts: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Input channels as int32, checked: of every stored column ``[stored]``, and of every column before the
+        rotation ``[I]``. None where they are in natural order."""
+        given = _contiguous(form, parts)
+        order, channels = given.get("order"), given.get("channels")
+        stored = sum(segment.columns for segment in form.segments)
+        index = None if order is None else torch.empty(stored, dtype=torch.int32)
+        before = None if channels is None else torch.empty(form.shape[1], dtype=torch.int32)
+        found = [_pointer(tensor) for tensor in (order, channels, index, before)]
+        done(self._library.bitfloor_packed_index(self.plan(form), *found))
+        return index, before
+
+    def plan(self, form: Form) -> ctypes.Array[ctypes.c_char]:
+        """A form as the kernels read it. The same one for the same form, for as long as it is used."""
         return _made_plan(self, form)
 
 
@@ -219,7 +237,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _done(reason: int) -> None:
+def done(reason: int) -> None:
+    """Raise what a function of the library returned, if it did nothing."""
     if reason == NO_SUCH_ROW:
         raise IndexError(f"{REASONS[reason]}.")
     if reason:

@@ -15,7 +15,9 @@ from bitfloor.formats import native
 from bitfloor.formats.atomic import make_folder
 from bitfloor.formats.checkpoint import Checkpoint, read_checkpoint
 from bitfloor.formats.files import TORCH_DTYPES, read_tensor, write_artifact
+from bitfloor.formats.layout import announce_version
 from bitfloor.formats.shards import CheckpointWriter
+from bitfloor.formats.verify import verify_checkpoint
 from bitfloor.pipeline.folder import copy_companions
 
 PARTS = ".bitfloor-export"
@@ -36,6 +38,8 @@ def export_dense(folder: Path, out: Path) -> dict[str, Any]:
         BitfloorError: the disk is full.
     """
     checkpoint = read_checkpoint(folder)
+    announce_version(checkpoint.native)
+    verify_checkpoint(checkpoint)
     if out.exists() and (not out.is_dir() or any(path.name != PARTS for path in out.iterdir())):
         raise InputError(f"{out} is not an empty folder; choose a new one for the export.")
     dtype = _dtype(checkpoint)

@@ -18,8 +18,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bitfloor.core.errors import InputError
+from bitfloor.core.headers import CONFIG
 from bitfloor.formats.checkpoint import check_tensors, read_checkpoint, read_entries
-from bitfloor.formats.layout import QUANT_METHOD, parse_config
+from bitfloor.formats.layout import QUANT_METHOD, announce_version, parse_config
+from bitfloor.formats.verify import verify_checkpoint
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -33,6 +36,7 @@ class BitfloorConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, **content: Any) -> None:
         self.quant_method = QUANT_METHOD
         self.native = parse_config({"quant_method": QUANT_METHOD, **content})
+        announce_version(self.native)
 
     def to_dict(self) -> dict[str, Any]:
         """The block as it stands in ``config.json``."""
@@ -71,11 +75,14 @@ class BitfloorQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from bitfloor.formats.native import check_channels
+        from bitfloor.formats.native import check_channels, check_order
+        from bitfloor.runtime.linear import PackedMatrix
 
-        for name, buffer in model.named_buffers():
-            if name.endswith(".channels") and buffer.device.type != "meta":
-                check_channels(name.removesuffix(".channels"), buffer)
+        for name, module in model.named_modules():
+            if isinstance(module, PackedMatrix) and module.get_buffer("codes").device.type != "meta":
+                check_channels(name, module._buffers.get("channels"))
+                if (order := module._buffers.get("order")) is not None:
+                    check_order(name, module.layout, order)
         model._weight_conversions = []  # tensors keep their names when saved; no older spelling is restored
         return model
 
@@ -127,15 +134,39 @@ def load_packed(
     Raises:
         InputError: not a bitfloor checkpoint, another version, shards missing or damaged, not this model's tensors.
     """
-    from transformers import AutoModelForCausalLM
-
     from bitfloor.runtime.linear import use_huge_pages
 
-    read_checkpoint(folder)
+    verify_checkpoint(read_checkpoint(folder))  # bytes too: this reads what is about to be read anyway
     logging.disable_progress_bar()  # it would write over the command line's own progress
-    model = AutoModelForCausalLM.from_pretrained(
-        Path(folder), dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
-    )
-    model = model.to(device)
+    model = _from_pretrained(Path(folder), dtype, trust_remote_code).to(device)
     use_huge_pages(model)
+    return model
+
+
+def _from_pretrained(folder: Path, dtype: str | torch.dtype, trust_remote_code: bool) -> Any:
+    """What transformers makes of the folder, if its configuration and its tensors are of one model.
+
+    Transformers fills with random numbers what a configuration asks for and the files do not hold.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a model's own configuration class raises on bad values
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"{folder / CONFIG} describes no model that transformers can build ({reason}); check the file, or pass "
+            "trust_remote_code if the model brings its own code and you trust it."
+        ) from error
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    if other := sorted(map(str, (*found["mismatched_keys"], *found["missing_keys"], *found["unexpected_keys"]))):
+        raise InputError(
+            f"the tensors in {folder} are not those of the model in its {CONFIG} (the first that differs: {other[0]}); "
+            f"{CONFIG} belongs to another model."
+        )
     return model

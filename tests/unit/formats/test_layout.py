@@ -1,14 +1,22 @@
-"""The configuration block: what version 0 says, and that nothing it does not say is accepted."""
+"""The configuration block: what version 1 says, and that nothing it does not say is accepted."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 
-from bitfloor.core.errors import InputError
-from bitfloor.formats.layout import build_config, order_type, parse_config, tensor_names
+from bitfloor.core.errors import FormatWarning, InputError
+from bitfloor.formats.layout import (
+    announce_version,
+    build_config,
+    order_fault,
+    order_type,
+    parse_config,
+    tensor_names,
+)
 
 SEGMENTS = [
     {"columns": 40, "bits": 4, "group_size": 16, "zero": "packed", "offset": False, "channel_scale": False},
@@ -51,7 +59,7 @@ def _content() -> dict[str, Any]:
         {"a": LAYOUT, "b": LAYOUT, "c": PLAIN},
         orders={"b": "a"},
         tied={"lm_head.weight": "wte.weight"},
-        kept=["norm.weight"],
+        kept=["norm.weight", "wte.weight"],
         recipe={"name": "rtn", "sha256": "0" * 64},
     )
     return copy.deepcopy(config.to_dict())
@@ -82,8 +90,7 @@ def _set(content: dict[str, Any], path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format_version", 1, "format_version 1"),
-        ("format_version", None, "format_version None"),
+        *(("format_version", bad, "format_version .* reads versions 0 to 1") for bad in (2, None, True, 1.0, "1", -1)),
         ("quant_method", "gptq", "not a bitfloor checkpoint"),
         ("rotations", [], "unknown key 'rotations'.*newer bitfloor"),
         ("layouts/0/mirror", 4, "layout 0 has the unknown key 'mirror'"),
@@ -107,9 +114,25 @@ def _set(content: dict[str, Any], path: str, value: Any) -> None:
         ("orders/b", "c", "orders has b = 'c'"),
         ("orders/c", "a", "orders has c = 'a'"),
         ("orders/a", "b", "orders has"),
+        ("orders/b", ["a"], "orders has"),
+        *((key, 3, f"{key} = 3") for key in ("layouts", "matrices", "orders", "tied", "kept", "recipe")),
+        ("kept", ["norm.weight", "norm.weight", "wte.weight"], "norm.weight, twice"),
+        ("kept", ["a.codes", "wte.weight"], "a.codes, twice"),
+        ("kept", [1], "kept = "),
+        ("tied/x.weight", "nothing.weight", "tied has x.weight = 'nothing.weight'"),
+        ("tied/a.weight", "wte.weight", "tied has a.weight"),
+        ("tied/norm.weight", "wte.weight", "tied has norm.weight"),
+        ("tied/x.weight", ["wte.weight"], "tied has x.weight"),
+        ("matrices/a", True, "layout = True"),
+        ("layouts/0/segments/0/bits", 4.0, "bits = 4.0"),
+        ("layouts/0/segments/2/zero", 8193, "zero = 8193"),
+        ("layouts/0/segments/0/group_size", (1 << 30) + 1, "group_size = "),
+        ("layouts/0/shape", [(1 << 30) + 1, 115], "shape = "),
+        ("layouts/0/transposed", True, "transposed = True"),
+        ("layouts/0/kind", "conv1d", "transposed = False"),
     ],
 )
-def test_what_version_0_does_not_say_is_refused(path: str, value: Any, message: str) -> None:
+def test_what_version_1_does_not_say_is_refused(path: str, value: Any, message: str) -> None:
     content = _content()
     _set(content, path, value)
     with pytest.raises(InputError, match=message):
@@ -132,3 +155,40 @@ def test_a_missing_key_is_named() -> None:
     del content["layouts"][0]["order"]
     with pytest.raises(InputError, match="lacks the key 'order'"):
         parse_config(content)
+
+
+def test_version_0_is_read_as_version_1_and_said_once() -> None:
+    content = {**_content(), "format_version": 0}
+    config = parse_config(content)
+    assert config.version == 0 and config.to_dict() == _content()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        announce_version(config)
+        announce_version(config)
+        announce_version(parse_config(_content()))
+    assert [warning.category for warning in caught] == [FormatWarning]
+
+
+def test_no_version_may_have_unknown_keys() -> None:
+    with pytest.raises(InputError, match="unknown key 'later'"):
+        parse_config({**_content(), "format_version": 0, "later": 1})
+    content = _content()
+    content["recipe"]["anything"] = {"else": [1]}  # but here
+    assert parse_config(content).recipe["anything"] == {"else": [1]}
+
+
+@pytest.mark.parametrize(
+    ("unit", "order", "fault"),
+    [
+        (1, list(range(115)), None),
+        (1, [*range(114), 3], None),  # one twice, one never
+        (1, [*range(114), 115], "names entry 115 of 115"),
+        (1, list(range(114)), "names 114 channels for 115 stored columns"),
+        (10, [11, *range(11)], None),  # the cut unit in front
+        (10, [10, *range(11)], "names 120 channels"),
+        (10, [11, 11, *range(10)], "names 110 channels"),
+    ],
+)
+def test_an_order_names_as_many_channels_as_columns_are_stored(unit: int, order: list[int], fault: str | None) -> None:
+    found = order_fault({**LAYOUT, "order": {"unit": unit, "count": len(order)}}, order)
+    assert found == fault or (fault is not None and found is not None and found.startswith(fault))

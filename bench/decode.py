@@ -5,7 +5,7 @@
 Everything is asked in turns: every contestant is a process of its own, and round by round each reads 512 tokens and
 then continues 16 by 64, one at a time, the others asleep. The tokens are fixed: what they mean plays no part. The best
 of five rounds counts, their median stands beside it, and CPU seconds are of all threads of the process. ``products`` is
-the time of all packed products of a token, called one by one from Python.
+the time of all packed products of a token alone, each with its input side, called one by one.
 
 A peer is any interpreter with ``llama-cpp-python``, built for the machine, or ``xllamacpp``, as it comes. Every folder
 is compared with the peer's file of the nearest size. Numbers of threads that are done are kept in ``--work`` until all
@@ -98,7 +98,7 @@ def native(folder: str, int8: bool) -> Callable[[str, int], None]:
 
 
 def all_products(model: Any, int8: bool) -> Callable[[], None]:
-    """All packed products of a token, the head among them."""
+    """All packed products of a token, the head among them, with everything at hand that they are called with."""
     import torch
 
     from bitfloor.ops import packed_native
@@ -108,16 +108,22 @@ def all_products(model: Any, int8: bool) -> Callable[[], None]:
 
     library = packed_native.load().library
     assert library is not None
-    given = []
+    linear, kept, calls = library.functions.bitfloor_packed_linear, [], []
     for module in model.modules():
         if isinstance(module, PackedMatrix):
             form, parts = read_form(tuple(form_of(module.layout))), module.parts()
             x = torch.randn(1, form.shape[1], generator=torch.Generator().manual_seed(0))
-            given.append((x, [parts[name] for name in NAMES if name in parts], form))
+            y = torch.empty(form.shape[0])
+            given = [parts[name].data_ptr() if name in parts else None for name in NAMES]
+            pointers = (packed_native.POINTER * len(given))(*given)
+            kept.append((x, y, parts))
+            calls.append((library.plan(form), pointers, x.data_ptr(), 0, None, y.data_ptr(), 1, int8, library.level))
 
     def run() -> None:
-        for x, parts, form in given:
-            library.linear(x, parts, None, form, int8)
+        threads = torch.get_num_threads()
+        for call in calls:
+            if linear(*call, threads):
+                raise SystemExit(f"one of {len(kept)} products could not be made")
 
     return run
 

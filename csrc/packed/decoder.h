@@ -7,7 +7,7 @@
 #ifndef BITFLOOR_PACKED_DECODER_H
 #define BITFLOOR_PACKED_DECODER_H
 
-#include "plan.h"
+#include "input.h"
 
 namespace bitfloor {
 
@@ -50,6 +50,31 @@ struct Model {
     const float* frequencies;  // of the positions [head_dim / 2]
     const Layer* layers;
 };
+
+// -- what is made of it: decoder.cpp makes and frees it, step.cpp runs it -----------------------------------------------
+
+static const int64_t CHUNK_TOKENS = 64;  // that go through the layers together
+static const int64_t TOGETHER = 3;       // most matrices that share an input
+
+// The input side of a matrix for a chunk.
+struct Prepared {
+    const float* x;  // what is multiplied: `stored`, or the input itself
+    float* stored;   // [m, padded]
+    Digits digits;   // as in Job
+};
+
+struct Decoder {
+    Model model;
+    Layer* layers;
+    int64_t room, value_dim;  // positions and head_dim up to multiples of 16
+    float *keys, *values;     // [layers, kv_heads, room, head_dim or value_dim]
+    float* space;             // all below
+    float *x, *normed, *q, *k, *v, *mixed, *gate, *up;  // of a chunk
+    float *turned, *sines;    // [m, widest input]; [m, head_dim]
+    Prepared prepared[TOGETHER];
+};
+
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace bitfloor
 

@@ -112,6 +112,11 @@ class LayerParts:
     k_norm: Tensor | None
     window: int
 
+    @property
+    def matrices(self) -> tuple[MatrixParts, ...]:
+        """All seven."""
+        return self.q, self.k, self.v, self.o, self.gate, self.up, self.down
+
 
 @dataclass(frozen=True)
 class DecoderParts:
@@ -234,9 +239,8 @@ class DecoderLibrary:
         found.plan = ctypes.addressof(plan)
         found.index, found.channels = self._pointer(index), self._pointer(channels)
         given = matrix.form.named(matrix.parts)
-        for field in fields_of(_Parts):
-            if field != "order":
-                setattr(found.parts, field, self._pointer(given.get(field)))
+        for name in ("codes", "scale", "zero", "offset", "channel_scale"):
+            setattr(found.parts, name, self._pointer(given.get(name)))
         return found
 
     def _floats(self, tensor: Tensor | None) -> int | None:
@@ -248,11 +252,6 @@ class DecoderLibrary:
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
-
-
-def fields_of(structure: type[ctypes.Structure]) -> list[str]:
-    """Names of the fields of a structure."""
-    return [field[0] for field in structure._fields_]
 
 
 def shared_with(matrix: MatrixParts, before: MatrixParts | None) -> int:

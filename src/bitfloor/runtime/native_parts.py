@@ -65,6 +65,8 @@ def _read(model: Any) -> DecoderParts:
         rope_scaling=inner.rotary_emb.attention_scaling,
     )
     _check_layers(inner, parts)
+    if not any(matrix.form for layer in layers for matrix in layer.matrices):
+        raise NotNative("none of its layers is packed")
     return parts
 
 
@@ -132,10 +134,9 @@ def _check_layers(inner: Any, parts: DecoderParts) -> None:
     if parts.head.shape != parts.embedding.shape or not parts.kv_heads or parts.heads % parts.kv_heads:
         raise NotNative("its embedding, head and attention do not fit together")
     for module, layer in zip(inner.layers, parts.layers, strict=True):
-        own = [layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down]
         attention = module.self_attn
         alike = attention.head_dim == parts.head_dim and attention.scaling == parts.scaling
-        if [matrix.shape for matrix in own] != shapes or not alike:
+        if [matrix.shape for matrix in layer.matrices] != shapes or not alike:
             raise NotNative("its layers are not of one shape")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bitfloor.core.errors import InputError
 from bitfloor.ops import packed_native
 from bitfloor.ops.backend import INT8, REFERENCE, activations, backend
-from bitfloor.ops.decoder_native import DecoderLibrary
+from bitfloor.ops.decoder_native import DecoderLibrary, DecoderParts
 from bitfloor.runtime.native_parts import NotNative, read_model
 
 
@@ -24,16 +24,20 @@ def why_not(model: Any) -> str | None:
     Args:
         model: a causal language model of transformers.
     """
+    found = _read(model)
+    return found if isinstance(found, str) else None
+
+
+def _read(model: Any) -> DecoderParts | str:
     if backend() == REFERENCE:
         return "the reference was asked for"
     loaded = packed_native.load()
     if loaded.library is None:
         return f"there are no packed kernels: {loaded.reason}"
     try:
-        read_model(model)
+        return read_model(model)
     except NotNative as reason:
         return str(reason)
-    return None
 
 
 class NativeDecoder:
@@ -54,13 +58,14 @@ class NativeDecoder:
     def __init__(self, model: Any, max_length: int) -> None:
         if max_length < 1:
             raise InputError(f"a context of {max_length} tokens holds none; use at least 1.")
-        if reason := why_not(model):
-            raise InputError(f"The native step cannot run this model: {reason}; use transformers.")
+        parts = _read(model)
+        if isinstance(parts, str):
+            raise InputError(f"The native step cannot run this model: {parts}; use transformers.")
         library = packed_native.load().library
         assert library is not None
         self.context: int | None = max_length
         self.length = 0
-        self._decoder = DecoderLibrary(library, read_model(model), max_length)
+        self._decoder = DecoderLibrary(library, parts, max_length)
 
     def prefill(self, ids: Sequence[int]) -> Tensor:
         """Append tokens.

@@ -1,0 +1,105 @@
+"""Rows of a packed matrix made dense in stored order, and few to some hundred rows of ``x`` times tiles made dense on the way.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bitfloor.ops.triton.decode import FIELDS, OFFSET, weights_of
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _piece(  # type: ignore[no-untyped-def]
+    entry, codes, scale, zero, offset, channel_scale, block, r, known, tile, here, lines, scale_groups, zero_words,
+    offset_groups, N: tl.constexpr, T: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Weights of tiles of the segment that an entry of the table describes; ``V`` is its variant."""
+    if V % 3 == OFFSET:
+        shift, shift_at, shift_groups = offset, tl.load(entry + 7), offset_groups
+    else:
+        shift, shift_at, shift_groups = zero, tl.load(entry + 6), zero_words
+    return weights_of(
+        codes, scale, shift, channel_scale, block, r, known, tile, here, tl.load(entry + 3), tl.load(entry + 4), lines,
+        tl.load(entry + 5), scale_groups, shift_at, shift_groups, tl.load(entry + 8),
+        tl.load(entry + 9).to(tl.float32) * 0.5, tl.load(entry + 11), N, T, V // 3, V % 3, ALIGNED, SCALED,
+    )  # fmt: skip
+
+
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["first", "count", "rows", "width", "lines", "scale_groups", "zero_words", "offset_groups"]
+)
+def rows_kernel(  # type: ignore[no-untyped-def]
+    codes, scale, zero, offset, channel_scale, table, ids, out, first, count, rows, width, lines, scale_groups,
+    zero_words, offset_groups, N: tl.constexpr, T: tl.constexpr, VARIANTS: tl.constexpr, ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
+    """``out [count, width]`` in stored order: rows ``first ...``, or ``ids``; no numbers for a row that is not there."""
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    row = i + first
+    if IDS:
+        row = tl.load(ids + i, mask=i < count, other=0)
+    known = (i < count) & (row >= 0) & (row < rows)
+    row = tl.where(known, row, 0)
+    entry = table + tl.program_id(1) * FIELDS
+    variant = tl.load(entry)
+    tile = tl.load(entry + 1) + tl.arange(0, T)
+    here = tile < tl.load(entry + 2)
+    block = (row // 16).to(tl.int64)
+    r = (row % 16).to(tl.int32)
+    column = tl.load(entry + 1) * 32 + tl.arange(0, 32 * T)
+    inside = (i < count)[:, None] & (column < tl.minimum(tl.load(entry + 3), tl.load(entry + 2) * 32))[None, :]
+    place = out + i.to(tl.int64)[:, None] * width + (tl.load(entry + 10) + column)[None, :]
+    for v in tl.static_range(3, 27):
+        if (VARIANTS >> v) & 1:
+            if variant == v:
+                w = _piece(
+                    entry, codes, scale, zero, offset, channel_scale, block, r, known, tile, here, lines, scale_groups,
+                    zero_words, offset_groups, N, T, v, ALIGNED, SCALED,
+                )  # fmt: skip
+                if IDS:
+                    w = tl.where(known[:, None], w, float("nan"))
+                tl.store(place, w.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=[
+        "count", "rows", "width", "entries", "split", "lines", "scale_groups", "zero_words", "offset_groups"
+    ]
+)  # fmt: skip
+def gemm_kernel(  # type: ignore[no-untyped-def]
+    x, codes, scale, zero, offset, channel_scale, table, bias, out, count, rows, width, entries, split, lines,
+    scale_groups, zero_words, offset_groups, M: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
+    VARIANTS: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``x [count, width]`` in stored order times ``N`` rows of the matrix; slice ``s`` of ``split`` has the pieces
+    ``s, s + split, ...`` of the table and writes ``out[s]``, without a bias if there are several."""
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    m = tl.program_id(1) * M + tl.arange(0, M)
+    block = (n // 16).to(tl.int64)
+    known = n < rows
+    total = tl.zeros([M, N], tl.float32)
+    for e in range(tl.program_id(2), entries, split):
+        entry = table + e * FIELDS
+        variant = tl.load(entry)
+        start = tl.load(entry + 1)
+        stop = tl.load(entry + 2)
+        columns = tl.load(entry + 3)
+        source = x + m.to(tl.int64)[:, None] * width + tl.load(entry + 10)
+        for v in tl.static_range(3, 27):
+            if (VARIANTS >> v) & 1:
+                if variant == v:
+                    for begin in range(start, stop, T):
+                        tile = begin + tl.arange(0, T)
+                        w = _piece(
+                            entry, codes, scale, zero, offset, channel_scale, block, n % 16, known, tile, tile < stop,
+                            lines, scale_groups, zero_words, offset_groups, N, T, v, ALIGNED, SCALED,
+                        )  # fmt: skip
+                        column = begin * 32 + tl.arange(0, 32 * T)
+                        given = column < tl.minimum(columns, stop * 32)
+                        own = tl.load(source + column[None, :], mask=(m < count)[:, None] & given[None, :], other=0.0)
+                        total = tl.dot(own, tl.trans(w.to(own.dtype)), total, input_precision=PRECISION)
+    if BIAS:
+        total += tl.load(bias + n, mask=known, other=0.0).to(tl.float32)[None, :]
+    place = out + (tl.program_id(2).to(tl.int64) * count + m[:, None]) * rows + n[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=(m < count)[:, None] & known[None, :])

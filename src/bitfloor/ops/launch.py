@@ -20,6 +20,7 @@ WARPS = 4  # of a program that multiplies few rows
 PROGRAMS = 4  # of those that a multiprocessor should have
 MOST_SLICES = 32
 UNIT = 4  # tiles that a program of the input side rounds
+NONE = -(1 << 30)  # the place of something that is not there; still below 0 where a column is added
 
 
 @dataclass(frozen=True)
@@ -158,14 +159,14 @@ def table(form: Form, cut: Sequence[Piece]) -> list[list[int]]:
         tile]`` each: variant is three times the width and the kind of zero; ``line`` to ``offset`` say where the segment
         begins in a row block (in lines of 16 dwords, groups, 16-bit words, groups); group is in tiles where groups
         end with tiles, else in columns; then the constant in halves, the first stored column, the first channel scale or
-        -1, the first tile of the padded columns.
+        ``NONE``, the first tile of the padded columns.
     """
     starts, even = [], aligned(form)
     line = scale = zero = offset = column = channel = tile = 0
     for s in form.segments:
         group = (s.group_size // COLUMNS if s.groups > 1 else max(1, tiles(s.columns))) if even else s.group_size
         starts.append(
-            (s.columns, line, scale, zero, offset, group, s.constant, column, channel if s.scaled else -1, tile)
+            (s.columns, line, scale, zero, offset, group, s.constant, column, channel if s.scaled else NONE, tile)
         )
         line += s.code_bytes // 64
         scale += s.groups
@@ -193,7 +194,7 @@ def variants(form: Form) -> int:
 def units(form: Form, int8: bool) -> list[list[int]]:
     """What the input side reads of every four tiles: ``[tile, column, columns, channel scale, tiles of a step]``: the
     first tile of the padded columns, the first stored column, the columns left in the segment, at most 128, the first
-    channel scale or -1, and how many tiles share a step."""
+    channel scale or ``NONE``, and how many tiles share a step."""
     found = []
     tile = column = channel = 0
     for s in form.segments:
@@ -201,7 +202,7 @@ def units(form: Form, int8: bool) -> list[list[int]]:
         for start in range(0, tiles(s.columns), UNIT):
             at = start * COLUMNS
             left = min(UNIT * COLUMNS, s.columns - at)
-            found.append([tile + start, column + at, left, channel + at if s.scaled else -1, share])
+            found.append([tile + start, column + at, left, channel + at if s.scaled else NONE, share])
         channel += s.columns if s.scaled else 0
         column += s.columns
         tile += tiles(s.columns)

@@ -76,7 +76,7 @@ def input_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Four tiles of a row of ``x [n, width]`` in stored order: as floats, padded, for no planes, else as planes.
 
-    units: for every program its first tile, first stored column, columns, first channel scale or -1, tiles that share
+    units: for every program its first tile, first stored column, columns, first channel scale (below 0: none), tiles that share
         a step. ORDER, CHANNELS: bytes of an entry, 0 for none. STORED: ``x`` is in stored order already, and padded.
     counters: ``programs`` numbers that this kernel sets to zero for the next one.
     """
@@ -98,8 +98,8 @@ def input_kernel(  # type: ignore[no-untyped-def]
     # An order that names a channel that is not there was damaged: what comes of it is no number.
     v = tl.where(here & (inside == 0), float("nan"), v)
     if SCALED:
-        scale_at = tl.load(entry + 3)
-        v *= tl.load(channel_scale + scale_at + column, mask=here & (scale_at >= 0), other=1.0).to(tl.float32)
+        place = tl.load(entry + 3) + column
+        v *= tl.load(channel_scale + place, mask=here & (place >= 0), other=1.0).to(tl.float32)
     if PLANES == 0:
         tl.store(out + m * columns + first * 32 + column, v, mask=t[:, None] * 32 < own)
     else:

@@ -162,6 +162,7 @@ def weights_of(  # type: ignore[no-untyped-def]
         o = -constant * s
     w = w * s + o
     if SCALED:
-        c = tl.load(channel_scale + channel_at + column, mask=(column < columns) & (channel_at >= 0), other=1.0)
+        place = channel_at + column
+        c = tl.load(channel_scale + place, mask=(column < columns) & (place >= 0), other=1.0)
         w = w * c.to(tl.float32)[None, :, :]
     return w.reshape(N, T * 32)

@@ -61,7 +61,7 @@ class PackedTriton:
     def stored_input(self, x: Tensor, parts: Sequence[Tensor], form: Form) -> Tensor:
         """See :func:`bitfloor.ops.packed_reference.stored_input`."""
         given, rows = _given(form, parts), x.numel() // form.shape[1]
-        out = torch.zeros(rows, form.padded, dtype=torch.float32, device=x.device)
+        out = torch.empty(rows, form.padded, dtype=torch.float32, device=x.device)
         with _on(x):
             _input(x.reshape(rows, form.shape[1]).contiguous(), given, form, 0, False, out, None)
         return out.view(*x.shape[:-1], form.padded)

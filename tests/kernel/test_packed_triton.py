@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,10 +31,29 @@ MIXED = ((50, 1), (70, 4), (40, 3))
 
 
 @pytest.fixture(scope="module")
-def library() -> Any:
+def library() -> Iterator[Any]:
     if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton kernels run on a GPU, or with TRITON_INTERPRET=1")
-    return importlib.import_module("bitfloor.ops.triton.packed").PackedTriton()
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            # The interpreter knows no assembly. Spelled out in its operations, a product takes ten times as long.
+            from triton.runtime import interpreter
+
+            patch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", four_products)
+            patch.setattr(inside(), "COMPILED", True)
+        yield inside().PackedTriton()
+
+
+def four_products(builder: Any, assembly: str, constraints: str, values: list[Any], *rest: Any) -> Any:
+    """What the one instruction does that the kernels use: sums of four products of bytes."""
+    from triton.runtime import interpreter
+
+    assert assembly == "dp4a.u32.s32 $0, $1, $2, $3;" and constraints == "=r,r,r,r"
+    codes, x, total = (value.data for value in values)
+    codes = codes.astype("<i4", order="C").view("u1").reshape(*codes.shape, 4)
+    x = x.astype("<i4", order="C").view("i1").reshape(*x.shape, 4)
+    found = total + (codes.astype("i4") * x).sum(-1, dtype="i4")
+    return SimpleNamespace(get_result=lambda index: interpreter.TensorHandle(found, values[2].dtype))
 
 
 def inside() -> Any:
@@ -129,6 +150,14 @@ def test_slices_are_summed_in_order_and_rows_do_not_meet(library: Any) -> None:
     assert torch.equal(inside()._few(x, given, None, form, 3, torch.float32, cut=cut), three)
     alone = cut_by_hand(form, 1, 1, 3, 1)
     assert torch.equal(inside()._few(x[1:2].contiguous(), given, None, form, 3, torch.float32, cut=alone), three[1:2])
+
+
+def test_without_the_instruction(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, form = on_device(matrix(5, [(40, 5)], group_size=32))
+    x = inputs(1, 40)
+    with_it = library.linear(x, parts, None, form, False)
+    monkeypatch.setattr(inside(), "COMPILED", False)
+    assert torch.equal(library.linear(x, parts, None, form, False), with_it)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -129,13 +129,14 @@ def some_rows(form: Form, rows: int, processors: int, wide: bool) -> SomeRows:
         processors: multiprocessors of the GPU.
         wide: whether ``x`` is float32, of which less fits.
     """
-    x_rows = min(128 if not wide else 32, max(16, power_of_two(rows)))
-    height = 64 if wide or form.shape[0] < 128 * processors else 128
-    step = 1 if wide or x_rows > 64 else 2
+    # More does not fit the registers. Whole columns of tiles and four warps for 64 rows keep every load 16 bytes wide.
+    x_rows = min(16 if wide else 64, max(16, power_of_two(rows)))
+    tall = x_rows == 64 and form.shape[0] >= 128 * processors
+    height, warps, step = 128 if tall else 64, 8 if tall else 4, 2
     programs = -(-form.shape[0] // height) * -(-rows // x_rows)
-    steps = form.padded // COLUMNS // step
+    steps = -(-form.padded // COLUMNS // step)
     split = max(1, min(MOST_SLICES // 2, 2 * processors // programs, steps // 8))
-    return SomeRows(x_rows, height, step, 4 if x_rows < 128 else 8, split, pieces(form, split, step))
+    return SomeRows(x_rows, height, step, warps, split, pieces(form, split, step))
 
 
 def pieces(form: Form, slices: int, step: int) -> tuple[Piece, ...]:

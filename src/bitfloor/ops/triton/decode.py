@@ -143,7 +143,7 @@ def weights_of(  # type: ignore[no-untyped-def]
     quads = quads.reshape(N, T, 8)
     byte = (quads[:, :, :, None] >> (8 * tl.arange(0, 4))[None, None, None, :]) & 0xFF
     # 2^23 plus a byte, as bits: converting is far slower.
-    w = ((byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0).reshape(N, T, 32)
+    raised = (byte | 0x4B000000).to(tl.float32, bitcast=True).reshape(N, T, 32)
     column = tile[:, None] * 32 + tl.arange(0, 32)[None, :]
     if ALIGNED:
         k = (tile // group)[None, :, None]
@@ -155,12 +155,14 @@ def weights_of(  # type: ignore[no-untyped-def]
     row = r[:, None, None]
     s = tl.load(scale + (b * scale_groups + scale_at + k) * 16 + row, mask=given, other=0.0).to(tl.float32)
     if KIND == PACKED:
-        o = -zeros_of(shift + b * shift_groups + shift_at + k * BITS, row, given, BITS).to(tl.float32) * s
+        # Both this and the format's order of operations are exact, so the bits are the same.
+        z = zeros_of(shift + b * shift_groups + shift_at + k * BITS, row, given, BITS).to(tl.float32)
+        w = (raised - (z + 8388608.0)) * s
     elif KIND == OFFSET:
         o = tl.load(shift + (b * shift_groups + shift_at + k) * 16 + row, mask=given, other=0.0).to(tl.float32)
+        w = (raised - 8388608.0) * s + o
     else:
-        o = -constant * s
-    w = w * s + o
+        w = (raised - 8388608.0) * s + (-constant * s)
     if SCALED:
         place = channel_at + column
         c = tl.load(channel_scale + place, mask=(column < columns) & (place >= 0), other=1.0)

@@ -64,16 +64,16 @@ def rows_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=[
-        "count", "rows", "width", "entries", "split", "lines", "scale_groups", "zero_words", "offset_groups"
+        "count", "rows", "tiles", "entries", "split", "lines", "scale_groups", "zero_words", "offset_groups"
     ]
 )  # fmt: skip
 def gemm_kernel(  # type: ignore[no-untyped-def]
-    x, codes, scale, zero, offset, channel_scale, table, bias, out, count, rows, width, entries, split, lines,
+    x, codes, scale, zero, offset, channel_scale, table, bias, out, count, rows, tiles, entries, split, lines,
     scale_groups, zero_words, offset_groups, M: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
     VARIANTS: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``x [count, width]`` in stored order times ``N`` rows of the matrix; slice ``s`` of ``split`` has the pieces
-    ``s, s + split, ...`` of the table and writes ``out[s]``, without a bias if there are several."""
+    """``x [count, 32 tiles]`` in stored order, zero in padding, times ``N`` rows of the matrix; slice ``s`` of ``split``
+    has the pieces ``s, s + split, ...`` of the table and writes ``out[s]``, without a bias if there are several."""
     n = tl.program_id(0) * N + tl.arange(0, N)
     m = tl.program_id(1) * M + tl.arange(0, M)
     block = (n // 16).to(tl.int64)
@@ -84,8 +84,7 @@ def gemm_kernel(  # type: ignore[no-untyped-def]
         variant = tl.load(entry)
         start = tl.load(entry + 1)
         stop = tl.load(entry + 2)
-        columns = tl.load(entry + 3)
-        source = x + m.to(tl.int64)[:, None] * width + tl.load(entry + 10)
+        source = x + (m.to(tl.int64)[:, None] * tiles + tl.load(entry + 12)) * 32
         for v in tl.static_range(3, 27):
             if (VARIANTS >> v) & 1:
                 if variant == v:
@@ -95,9 +94,10 @@ def gemm_kernel(  # type: ignore[no-untyped-def]
                             entry, codes, scale, zero, offset, channel_scale, block, n % 16, known, tile, tile < stop,
                             lines, scale_groups, zero_words, offset_groups, N, T, v, ALIGNED, SCALED,
                         )  # fmt: skip
-                        column = begin * 32 + tl.arange(0, 32 * T)
-                        given = column < tl.minimum(columns, stop * 32)
-                        own = tl.load(source + column[None, :], mask=(m < count)[:, None] & given[None, :], other=0.0)
+                        # Whole tiles only, so that 16 bytes are read at once.
+                        i = tl.arange(0, 32 * T)[None, :]
+                        given = (m < count)[:, None] & (begin + i // 32 < stop)
+                        own = tl.load(source + (begin * 32 + i), mask=given, other=0.0)
                         total = tl.dot(own, tl.trans(w.to(own.dtype)), total, input_precision=PRECISION)
     if BIAS:
         total += tl.load(bias + n, mask=known, other=0.0).to(tl.float32)[None, :]

@@ -187,6 +187,7 @@ def _some(
 ) -> Tensor:
     """``x [rows, stored columns]`` times the matrix, on tensor cores."""
     rows, height = x.shape[0], form.shape[0]
+    x = _padded(x, form)
     wide = x.dtype == torch.float32
     cut = cut or launch.some_rows(form, rows, _processors(x.device), wide)
     out = torch.empty(cut.split, rows, height, dtype=dtype if cut.split == 1 else torch.float32, device=x.device)
@@ -202,7 +203,7 @@ def _some(
         out,
         rows,
         height,
-        x.shape[1],
+        form.padded // 32,
         len(cut.pieces),
         cut.split,
         *_strides(given),
@@ -396,6 +397,19 @@ def _natural(stored: Tensor, given: Parts, form: Form) -> Tensor:
     if "order" not in given:
         return stored
     return stored.new_zeros(*stored.shape[:-1], form.shape[1]).index_add_(-1, _index(given, form), stored)
+
+
+def _padded(x: Tensor, form: Form) -> Tensor:
+    """``[rows, stored columns]`` with zeros behind every segment, up to whole tiles; ``x`` itself where none are needed."""
+    if form.padded == x.shape[1]:
+        x = x.contiguous()
+        return x.clone() if x.data_ptr() % 16 else x
+    out, at, column = x.new_zeros(x.shape[0], form.padded), 0, 0
+    for segment in form.segments:
+        out[:, at : at + segment.columns] = x[:, column : column + segment.columns]
+        at += segment.columns + -segment.columns % 32
+        column += segment.columns
+    return out
 
 
 def _unpadded(stored: Tensor, form: Form, int8: bool) -> Tensor:

@@ -26,10 +26,11 @@ from triton.backends.compiler import GPUTarget
 
 from bitfloor.ops import launch
 from bitfloor.ops.form import read_form
-from bitfloor.ops.triton import packed
+from bitfloor.ops.triton import launches, packed
 from bitfloor.ops.triton.activations import input_kernel, rotate_kernel
 from bitfloor.ops.triton.dense import gemm_kernel, rows_kernel
 from bitfloor.ops.triton.gemv import gemv_kernel
+from bitfloor.ops.triton.parts import Matrix
 
 KERNELS = (input_kernel, rotate_kernel, gemm_kernel, rows_kernel, gemv_kernel)
 INSTRUCTIONS = ("dp4a", "mma.sync", "wgmma")
@@ -119,7 +120,7 @@ def main() -> None:
     """Compile everything."""
     architecture, everything = int(sys.argv[1]), sys.argv[2:] == ["all"]
     triton.runtime.driver.set_active(Driver(architecture))
-    packed._processors = lambda device: PROCESSORS  # type: ignore[assignment]
+    launches.processors = lambda device: PROCESSORS  # type: ignore[assignment]
     only_compile()
     library = packed.PackedTriton()
     for asked, rows, dtype in cases(everything):
@@ -127,7 +128,7 @@ def main() -> None:
         known = read_form(tuple(form))
         x = torch.ones(rows, known.shape[1], dtype=dtype)
         library.linear(x, parts, torch.ones(known.shape[0]), known, int8=False)
-        library.rows(parts, known, 0, 64, dtype)
+        launches.dense(Matrix.of(known, parts), dtype, count=64)
         if rows <= launch.FEW_ROWS:
             library.linear(x, parts, None, known, int8=True)
         library.embedding(torch.arange(3), parts, known, dtype)

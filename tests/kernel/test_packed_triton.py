@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 ZEROS = ("packed", "offset", "centre", "packed", 3, "offset", "packed")
-# Of the largest output. Few rows are multiplied in what is as good as float32, and only sums differ; the promise is 1e-3.
+# Of the largest output. Few rows are multiplied in what is as good as float32, and only sums differ; 1e-3 is promised.
 TIGHT = 3e-6
 # What one rounding of the result costs, and one of the weights, which both sides do alike; the promise is 1e-3 beyond.
 ROUNDED = {torch.float32: TIGHT, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -41,7 +41,7 @@ def library() -> Iterator[Any]:
 
             patch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", four_products)
             patch.setattr(inside(), "COMPILED", True)
-        yield inside().PackedTriton()
+        yield inside("packed").PackedTriton()
 
 
 def four_products(builder: Any, assembly: str, constraints: str, values: list[Any], *rest: Any) -> Any:
@@ -56,9 +56,9 @@ def four_products(builder: Any, assembly: str, constraints: str, values: list[An
     return SimpleNamespace(get_result=lambda index: interpreter.TensorHandle(found, values[2].dtype))
 
 
-def inside() -> Any:
-    """The module behind the library, for launches that are cut by hand."""
-    return importlib.import_module("bitfloor.ops.triton.packed")
+def inside(name: str = "launches") -> Any:
+    """A module behind the library."""
+    return importlib.import_module(f"bitfloor.ops.triton.{name}")
 
 
 def on_device(weight: PackedWeight) -> tuple[list[Tensor], Form]:
@@ -109,7 +109,8 @@ def test_every_width(bits: int, library: Any) -> None:
     parts, form = on_device(weight)
     dense, ids = dequantize(weight), torch.tensor([[12, 0], [7, 7]], device=DEVICE)
     assert torch.equal(library.embedding(ids, parts, form, torch.float32).cpu(), dense[ids.cpu()])
-    assert torch.equal(library.rows(parts, form, 3, 9, torch.float16).cpu(), dense[3:12].half())
+    some = inside().dense(inside("parts").Matrix.of(form, parts), torch.float16, first=3, count=9)
+    assert torch.equal(some.cpu(), dense[3:12].half())
 
 
 def test_mixed_widths_with_everything_else(library: Any) -> None:
@@ -142,14 +143,14 @@ def cut_by_hand(form: Form, rows: int, blocks: int, slices: int, warps: int) -> 
 def test_slices_are_summed_in_order_and_rows_do_not_meet(library: Any) -> None:
     weight = matrix(20, [(520, 2)], group_size=64)
     parts, form = on_device(weight)
-    given, x = inside()._given(form, parts), inputs(3, 520)
+    own, x = inside("parts").Matrix.of(form, parts), inputs(3, 520)
     cut = cut_by_hand(form, 3, 1, 3, 1)
     assert len(cut.pieces) == 3
-    three = inside()._few(x, given, None, form, 3, torch.float32, cut=cut)
+    three = inside().few(x, own, None, 3, torch.float32, cut=cut)
     assert off(three, exactly(weight, x)) < TIGHT
-    assert torch.equal(inside()._few(x, given, None, form, 3, torch.float32, cut=cut), three)
+    assert torch.equal(inside().few(x, own, None, 3, torch.float32, cut=cut), three)
     alone = cut_by_hand(form, 1, 1, 3, 1)
-    assert torch.equal(inside()._few(x[1:2].contiguous(), given, None, form, 3, torch.float32, cut=alone), three[1:2])
+    assert torch.equal(inside().few(x[1:2].contiguous(), own, None, 3, torch.float32, cut=alone), three[1:2])
 
 
 def test_without_the_instruction(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,17 +253,17 @@ def test_mixtures_of_all_widths_and_zeros(library: Any) -> None:
 def test_no_row_depends_on_how_the_work_is_cut_but_in_its_last_bits(blocks: int, warps: int, library: Any) -> None:
     weight = matrix(72, [(900, 3), (300, 1)], group_size=128)
     parts, form = on_device(weight)
-    given, x = inside()._given(form, parts), inputs(2, 1200)
+    own, x = inside("parts").Matrix.of(form, parts), inputs(2, 1200)
     for slices in (1, 3, 7):
         cut = cut_by_hand(form, 2, blocks, slices, warps)
-        found = inside()._few(x, given, None, form, 3, torch.float32, cut=cut)
+        found = inside().few(x, own, None, 3, torch.float32, cut=cut)
         assert off(found, exactly(weight, x)) < TIGHT
-        assert torch.equal(inside()._few(x, given, None, form, 3, torch.float32, cut=cut), found)
+        assert torch.equal(inside().few(x, own, None, 3, torch.float32, cut=cut), found)
 
 
 @pytest.mark.full
 def test_panels(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside(), "SOME_ROWS", 10)
+    monkeypatch.setattr(inside("packed"), "SOME_ROWS", 10)
     weight = matrix(100, [(300, 3), (276, 2)], rotation=64, order=1)
     parts, form = on_device(weight)
     x = inputs(11, 576)

@@ -6,7 +6,6 @@ multiprocessors; nothing here needs Triton or a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +18,7 @@ WARP_TILES = 8  # that a warp reads at once: 16 bytes a lane
 WARPS = 4  # of a program that multiplies few rows
 PROGRAMS = 4  # of those that a multiprocessor should have
 MOST_SLICES = 32
+MOST_PIECES = 1 << 30
 UNIT = 4  # tiles that a program of the input side rounds
 NONE = -(1 << 30)  # the place of something that is not there; still below 0 where a column is added
 
@@ -152,15 +152,16 @@ def pieces(form: Form, slices: int, step: int) -> tuple[Piece, ...]:
     return tuple(found)
 
 
-def table(form: Form, cut: Sequence[Piece]) -> list[list[int]]:
+@lru_cache(maxsize=4096)
+def table(form: Form, cut: tuple[Piece, ...]) -> tuple[tuple[int, ...], ...]:
     """What the kernels read of every piece, see ``FIELDS`` in :mod:`bitfloor.ops.triton.decode`.
 
     Returns:
-        ``[variant, start, stop, columns, line, scale, zero-points, offset, group, constant, column, channel scale,
-        tile]`` each: variant is three times the width and the kind of zero; ``line`` to ``offset`` say where the segment
-        begins in a row block (in lines of 16 dwords, groups, 16-bit words, groups); group is in tiles where groups
-        end with tiles, else in columns; then the constant in halves, the first stored column, the first channel scale or
-        ``NONE``, the first tile of the padded columns.
+        For each ``(variant, start, stop, columns, line, scale, zero-points, offset, group, constant, column, channel
+        scale, tile)``. The variant is three times the width and the kind of zero. ``line`` to ``offset`` say where the
+        segment begins in a row block: in lines of 16 dwords, in groups, in 16-bit words, in groups. A group is in tiles
+        where groups end with tiles, else in columns. Then the constant in halves, the first stored column, the first
+        channel scale or ``NONE``, and the first tile of the padded columns.
     """
     starts, even = [], aligned(form)
     line = scale = zero = offset = column = channel = tile = 0
@@ -176,7 +177,7 @@ def table(form: Form, cut: Sequence[Piece]) -> list[list[int]]:
         channel += s.columns if s.scaled else 0
         column += s.columns
         tile += tiles(s.columns)
-    return [[variant(form, p.segment), p.start, p.stop, *starts[p.segment]] for p in cut]
+    return tuple((variant(form, p.segment), p.start, p.stop, *starts[p.segment]) for p in cut)
 
 
 def variant(form: Form, segment: int) -> int:
@@ -184,6 +185,7 @@ def variant(form: Form, segment: int) -> int:
     return 3 * form.segments[segment].bits + form.segments[segment].zero
 
 
+@lru_cache(maxsize=4096)
 def variants(form: Form) -> int:
     """Which variants occur, as bits."""
     found = 0

@@ -8,8 +8,8 @@
 
 ``form`` and ``parts`` are described in :mod:`bitfloor.ops.form`; ``activations`` is ``"float"`` or ``"int8"``. Matrices
 that share order, channels, rotation and partition, and have no channel scales, can share a ``packed_input``. Torch
-chooses by device: every device has the definition (:mod:`bitfloor.ops.packed_reference`), the CPU and NVIDIA's GPUs have
-kernels. See docs/decisions/0018 and 0021.
+chooses by device: every device has the definition (:mod:`bitfloor.ops.packed_reference`), the CPU and NVIDIA's GPUs
+have kernels. See docs/decisions/0018 and 0021.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def test_the_table_says_where_segments_begin() -> None:
     known = mixed()
     rows = launch.table(known, launch.pieces(known, 1, 1024))
     assert [row[0] for row in rows] == [12, 4, 11]
-    assert [row[3:] for row in rows] == [
+    assert [list(row[3:]) for row in rows] == [
         [819, 0, 0, 0, 0, 26, 0, 0, launch.NONE, 0],
         [3277, 104, 1, 4, 0, 103, 0, 819, 0, 26],
         [1000, 207, 2, 4, 1, 4, 7, 4096, launch.NONE, 129],

@@ -8,8 +8,8 @@ One plane is what int8 activations are, with the blocks that :mod:`bitfloor.ops.
 are ``x`` in float: with blocks of a tile the rest is below 1e-7 of the largest of 32 neighbours, the size of what one
 float32 operation drops. All sums of products of codes and planes are exact, so they depend on no order.
 
-What a product needs of eight tiles lies together in one *record* of dwords: for each plane eight quads of columns, eight
-tiles each; then for each plane the sums of eight tiles; then their steps. A record is ``8 * (9 * planes + 1)`` dwords.
+What a product needs of eight tiles lies together in one *record* of dwords: for each plane eight quads of columns,
+eight tiles each; then for each plane the sums of eight tiles; then their steps: ``8 * (9 * planes + 1)`` dwords.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ MAGIC = tl.constexpr(12582912.0)  # adding and subtracting it rounds half to eve
 LEAST = tl.constexpr(1e-30)  # what is smaller counts as nothing
 LARGEST = tl.constexpr(3.4028234663852886e38)
 FINER = tl.constexpr(254.0)
-UNIT = 4  # tiles of a program: as many columns as ever share a step
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -76,8 +75,8 @@ def input_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Four tiles of a row of ``x [n, width]`` in stored order: as floats, padded, for no planes, else as planes.
 
-    units: for every program its first tile, first stored column, columns, first channel scale (below 0: none), tiles that share
-        a step. ORDER, CHANNELS: bytes of an entry, 0 for none. STORED: ``x`` is in stored order already, and padded.
+    units: for every program its first tile, first stored column, columns, first channel scale (below 0: none), tiles
+        that share a step. ORDER, CHANNELS: bytes of an entry, 0 for none. STORED: ``x`` is in stored order, padded.
     counters: ``programs`` numbers that this kernel sets to zero for the next one.
     """
     entry = units + 5 * tl.program_id(0)

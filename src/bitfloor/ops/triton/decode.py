@@ -67,7 +67,7 @@ def line(l0, l1, l2, l3, l4, l5, l6, l7, L: tl.constexpr):  # type: ignore[no-un
 
 @triton.jit  # type: ignore[untyped-decorator]
 def quad(l0, l1, l2, l3, l4, l5, l6, l7, BITS: tl.constexpr, Q: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes of the columns ``4 Q ... 4 Q + 3``, one in each byte. Shifts copy the sign in from above, and masks drop it."""
+    """Codes of the columns ``4 Q ... 4 Q + 3``, one in each byte. Shifts copy the sign in, and masks drop it."""
     if BITS == 1:
         found = (l0 >> Q) & 0x01010101
     elif BITS == 2:
@@ -120,7 +120,8 @@ def zeros_of(place, row, here, BITS: tl.constexpr):  # type: ignore[no-untyped-d
 def weights_of(  # type: ignore[no-untyped-def]
     codes, scale, shift, channel_scale, block, r, known, tile, here, columns, at, lines, scale_at, scale_groups,
     shift_at, shift_groups, group, constant, channel_at,
-    N: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr,
+    N: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):  # fmt: skip
     """Weights of some rows and tiles of a segment, float32 ``[N, 32 T]``, each operation rounded as the format says.
 

@@ -1,4 +1,6 @@
-"""Rows of a packed matrix made dense in stored order, and few to some hundred rows of ``x`` times tiles made dense on the way.
+"""Rows of a packed matrix made dense, in stored order, and products with tiles that are made dense on the way.
+
+Both go through weights in float32, rounded once to the type that is written or multiplied, as the definition does.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def rows_kernel(  # type: ignore[no-untyped-def]
     zero_words, offset_groups, N: tl.constexpr, T: tl.constexpr, VARIANTS: tl.constexpr, ALIGNED: tl.constexpr,
     SCALED: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
-    """``out [count, width]`` in stored order: rows ``first ...``, or ``ids``; no numbers for a row that is not there."""
+    """``out [count, width]`` in stored order: rows ``first ...`` or ``ids``; no numbers for rows that are not there."""
     i = tl.program_id(0) * N + tl.arange(0, N)
     row = i + first
     if IDS:
@@ -51,7 +53,7 @@ def rows_kernel(  # type: ignore[no-untyped-def]
     inside = (i < count)[:, None] & (column < tl.minimum(tl.load(entry + 3), tl.load(entry + 2) * 32))[None, :]
     place = out + i.to(tl.int64)[:, None] * width + (tl.load(entry + 10) + column)[None, :]
     for v in tl.static_range(3, 27):
-        if (VARIANTS >> v) & 1:
+        if (VARIANTS >> v) & 1:  # noqa: SIM102  # known when compiling, unlike the next
             if variant == v:
                 w = _piece(
                     entry, codes, scale, zero, offset, channel_scale, block, r, known, tile, here, lines, scale_groups,
@@ -72,8 +74,11 @@ def gemm_kernel(  # type: ignore[no-untyped-def]
     scale_groups, zero_words, offset_groups, M: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
     VARIANTS: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``x [count, 32 tiles]`` in stored order, zero in padding, times ``N`` rows of the matrix; slice ``s`` of ``split``
-    has the pieces ``s, s + split, ...`` of the table and writes ``out[s]``, without a bias if there are several."""
+    """``x [count, 32 tiles]`` in stored order, zero in padding, times ``N`` rows of the matrix.
+
+    Slice ``s`` of ``split`` has the pieces ``s, s + split, ...`` of the table and writes ``out[s]``, without a bias if
+    there are several.
+    """
     n = tl.program_id(0) * N + tl.arange(0, N)
     m = tl.program_id(1) * M + tl.arange(0, M)
     block = (n // 16).to(tl.int64)
@@ -86,7 +91,7 @@ def gemm_kernel(  # type: ignore[no-untyped-def]
         stop = tl.load(entry + 2)
         source = x + (m.to(tl.int64)[:, None] * tiles + tl.load(entry + 12)) * 32
         for v in tl.static_range(3, 27):
-            if (VARIANTS >> v) & 1:
+            if (VARIANTS >> v) & 1:  # noqa: SIM102  # known when compiling, unlike the next
                 if variant == v:
                     for begin in range(start, stop, T):
                         tile = begin + tl.arange(0, T)

@@ -1,4 +1,9 @@
 """Few rows of ``x`` times a packed matrix: codes are multiplied as they lie, four at a time, with ``x`` in bytes.
+
+A dword of a line is four codes of one row, and with a mask the operand of the GPU's product of four bytes; ``x`` is
+planes of bytes (:mod:`bitfloor.ops.triton.activations`). A program has some row blocks and a slice of the columns: a
+lane reads 16 bytes of a tile, four rows, and sums its tiles; at the end lanes are added up, and slices, in their order.
+Sums within a tile are whole numbers; those of tiles are float32, in an order that follows from the shape.
 """
 
 from __future__ import annotations
@@ -8,7 +13,7 @@ import triton.language as tl
 
 from bitfloor.ops.triton.decode import FIELDS, OFFSET, PACKED, lines_of, quad, zeros_of
 
-# 1.5 * 2^23 as an integer and as a number: an integer up to 2^22 added to the first gives the bits of the second plus it.
+# 1.5 * 2^23, as bits and as a number: adding a whole number up to 2^22 to the first gives the bits of their sum.
 MAGIC_BITS = tl.constexpr(0x4B400000)
 MAGIC = tl.constexpr(12582912.0)
 FINER = tl.constexpr(254.0)  # a plane's step is so much finer than that of the plane before
@@ -32,7 +37,7 @@ def _chunk(  # type: ignore[no-untyped-def]
     total, codes, scale, shift, planes, count, records, block, known, at, first, tile, here,
     group, lines, scale_groups, shift_groups, scale_at, shift_at, constant,
     M: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
-):
+):  # fmt: skip
     """What some tiles of one segment add to ``total [M, R, T, 16]``.
 
     tile [T]: in the segment; here [T]; block [R] int64; known [R]
@@ -90,9 +95,10 @@ def _chunk(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _slice(  # type: ignore[no-untyped-def]
     total, codes, scale, zero, offset, planes, count, records, block, known,
-    start, stop, at, first, scale_at, zero_at, offset_at, group_tiles, constant, lines, scale_groups, zero_words, offset_groups,
-    M: tl.constexpr, T: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
-):
+    start, stop, at, first, scale_at, zero_at, offset_at, group_tiles, constant, lines, scale_groups, zero_words,
+    offset_groups, M: tl.constexpr, T: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
     """Tiles ``start`` to ``stop`` of one segment."""
     shift, shift_groups, shift_at = zero, zero_words, zero_at
     if KIND == OFFSET:
@@ -104,18 +110,29 @@ def _slice(  # type: ignore[no-untyped-def]
         total = _chunk(
             total, codes, scale, shift, planes, count, records, block, known, at, first, tile, here,
             group, lines, scale_groups, shift_groups, scale_at, shift_at, constant, M, PLANES, BITS, KIND, ASM,
-        )
+        )  # fmt: skip
     return total
 
 
+# What would be compiled again for every shape otherwise.
+_ANY = [
+    "rows", "blocks", "lines", "scale_groups", "zero_words", "offset_groups", "tiles", "records", "count", "slices",
+    "per", "group_tiles", "constant",
+]  # fmt: skip
 
-@triton.jit  # type: ignore[untyped-decorator]
+
+@triton.jit(do_not_specialize=_ANY)  # type: ignore[untyped-decorator]
 def gemv_kernel(  # type: ignore[no-untyped-def]
-    codes, scale, zero, offset, planes, table, bias, out, partial, counters,
-    rows, blocks, lines, scale_groups, zero_words, offset_groups, tiles, records, count, slices, per, group_tiles, constant,
-    M: tl.constexpr, R: tl.constexpr, T: tl.constexpr, PLANES: tl.constexpr, VARIANTS: tl.constexpr,
-    SINGLE: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
-):
+    codes, scale, zero, offset, planes, table, bias, out, partial, counters, rows, blocks, lines, scale_groups,
+    zero_words, offset_groups, tiles, records, count, slices, per, group_tiles, constant, M: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, PLANES: tl.constexpr, VARIANTS: tl.constexpr, SINGLE: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """``out [count, rows]`` of ``R`` row blocks and one slice.
+
+    A matrix of one segment (``SINGLE`` is its variant) has slices of ``per`` tiles; else the table has a piece each.
+    ``counters`` tell the last program of each row blocks' slices that it is the last; it leaves them at zero.
+    """
     block = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     known = block < blocks
     own = tl.program_id(1)
@@ -127,7 +144,7 @@ def gemv_kernel(  # type: ignore[no-untyped-def]
             total, codes, scale, zero, offset, planes, count, records, block, known,
             start, stop, 0, 0, 0, 0, 0, group_tiles, constant * 0.5, lines, scale_groups, zero_words, offset_groups,
             M, T, PLANES, SINGLE // 3, SINGLE % 3, ASM,
-        )
+        )  # fmt: skip
     else:
         entry = table + own * FIELDS
         variant = tl.load(entry)
@@ -141,13 +158,13 @@ def gemv_kernel(  # type: ignore[no-untyped-def]
         by = tl.load(entry + 8)
         half = tl.load(entry + 9).to(tl.float32) * 0.5
         for v in tl.static_range(3, 27):
-            if (VARIANTS >> v) & 1:
+            if (VARIANTS >> v) & 1:  # noqa: SIM102  # known when compiling, unlike the next
                 if variant == v:
                     total = _slice(
                         total, codes, scale, zero, offset, planes, count, records, block, known,
                         start, stop, at, first, scale_at, zero_at, offset_at, by, half, lines, scale_groups,
                         zero_words, offset_groups, M, T, PLANES, v // 3, v % 3, ASM,
-                    )
+                    )  # fmt: skip
     y = tl.sum(total, 2)
     m = tl.arange(0, M)[:, None, None]
     row = (block * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
@@ -159,9 +176,11 @@ def gemv_kernel(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
         done = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel")
         if done == slices - 1:
+            tl.store(counters + tl.program_id(0), 0)  # as the next launch wants it
             y = tl.zeros([M, R, 16], tl.float32)
             for other in range(slices):
-                y += tl.load(partial + (other * count + m).to(tl.int64) * rows + row, mask=inside, other=0.0, cache_modifier=".cg")
+                theirs = partial + (other * count + m).to(tl.int64) * rows + row
+                y += tl.load(theirs, mask=inside, other=0.0, cache_modifier=".cg")
             if BIAS:
                 y += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
             tl.store(out + m.to(tl.int64) * rows + row, y.to(out.dtype.element_ty), mask=inside)

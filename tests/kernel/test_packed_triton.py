@@ -6,11 +6,11 @@ import importlib
 import itertools
 import os
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from kernel.interpreted import mend
 from packed_cases import matrix, stored
 from torch import Tensor
 
@@ -36,24 +36,10 @@ def library() -> Iterator[Any]:
         pytest.skip("Triton kernels run on a GPU, or with TRITON_INTERPRET=1")
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            # The interpreter knows no assembly. Spelled out in its operations, a product takes ten times as long.
-            from triton.runtime import interpreter
-
-            patch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", four_products)
+            mend(patch)
+            # Spelled out in the interpreter's operations, a product of four bytes takes ten times as long.
             patch.setattr(inside(), "COMPILED", True)
         yield inside("packed").PackedTriton()
-
-
-def four_products(builder: Any, assembly: str, constraints: str, values: list[Any], *rest: Any) -> Any:
-    """What the one instruction does that the kernels use: sums of four products of bytes."""
-    from triton.runtime import interpreter
-
-    assert assembly == "dp4a.u32.s32 $0, $1, $2, $3;" and constraints == "=r,r,r,r"
-    codes, x, total = (value.data for value in values)
-    codes = codes.astype("<i4", order="C").view("u1").reshape(*codes.shape, 4)
-    x = x.astype("<i4", order="C").view("i1").reshape(*x.shape, 4)
-    found = total + (codes.astype("i4") * x).sum(-1, dtype="i4")
-    return SimpleNamespace(get_result=lambda index: interpreter.TensorHandle(found, values[2].dtype))
 
 
 def inside(name: str = "launches") -> Any:
@@ -97,7 +83,9 @@ def check(library: Any, weight: PackedWeight, rows: int, dtype: torch.dtype = to
     assert off(found, exactly(weight, x, bias)) < ROUNDED[dtype]
     if int8:
         wanted = packed_reference.linear(x, parts, bias, form, INT8)
-        assert off(library.linear(x, parts, bias, form, True), wanted) < ROUNDED[dtype]
+        # The last bits of a rotation are free, and what lies between two steps of 1/127 may go either way.
+        near = 1e-2 if form.rotation else ROUNDED[dtype]
+        assert off(library.linear(x, parts, bias, form, True), wanted) < near
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -109,8 +97,9 @@ def test_every_width(bits: int, library: Any) -> None:
     parts, form = on_device(weight)
     dense, ids = dequantize(weight), torch.tensor([[12, 0], [7, 7]], device=DEVICE)
     assert torch.equal(library.embedding(ids, parts, form, torch.float32).cpu(), dense[ids.cpu()])
-    some = inside().dense(inside("parts").Matrix.of(form, parts), torch.float16, first=3, count=9)
-    assert torch.equal(some.cpu(), dense[3:12].half())
+    for dtype in (torch.float16, torch.bfloat16):
+        some = inside().dense(inside("parts").Matrix.of(form, parts), dtype, first=3, count=9)
+        assert torch.equal(some.cpu(), dense[3:12].to(dtype))
 
 
 def test_mixed_widths_with_everything_else(library: Any) -> None:
@@ -224,9 +213,8 @@ def test_every_shape_and_number_of_rows(shape: tuple[int, int], rows: int, libra
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("order", [0, 1, 32, 48])
-@pytest.mark.parametrize("rotation", [0, 2, 64, 1024])
-@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("order", [0, 1, 48])
+@pytest.mark.parametrize(("rotation", "channels"), [(0, False), (0, True), (2, False), (64, True), (1024, True)])
 def test_every_order_and_rotation(order: int, rotation: int, channels: bool, library: Any) -> None:
     weight = matrix(
         40, MIXED, group_size=32, channel_scale=rotation != 2, order=order, rotation=rotation, channels=channels

@@ -69,7 +69,8 @@ def load() -> Loaded:
     try:
         found, wanted = _tried(library)
     except Exception as error:  # whatever a compiler, a driver or a GPU may come up with
-        return Loaded(None, f"Triton cannot run them here ({type(error).__name__}: {str(error).splitlines()[:1]})")
+        what = (str(error).splitlines() or [""])[0]
+        return Loaded(None, f"Triton cannot run them here ({type(error).__name__}: {what})")
     if not float((found - wanted).abs().max()) <= NEAR * float(wanted.abs().max()):
         return Loaded(None, "what they compute on this GPU is wrong; please report it")
     return Loaded(library)

@@ -14,7 +14,6 @@ from bitfloor.ops import launch, packed_reference
 from bitfloor.ops.form import Form
 
 SIGNED = {torch.uint8: torch.int8, torch.uint16: torch.int16, torch.uint32: torch.int32}
-UNSIGNED = {signed: dtype for dtype, signed in SIGNED.items()}
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Matrix:
 
 def _wide(index: Tensor) -> Tensor:
     """Entries of an order as int64."""
-    return index.view(UNSIGNED[index.dtype]).to(torch.int64)
+    return index.to(torch.int64) & ((1 << 8 * index.element_size()) - 1)
 
 
 def _placed(tensor: Tensor) -> Tensor:

@@ -29,39 +29,46 @@ def _piece(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["first", "count", "rows", "width", "lines", "scale_groups", "zero_words", "offset_groups"]
+    do_not_specialize=["first", "count", "rows", "tiles", "lines", "scale_groups", "zero_words", "offset_groups"]
 )
 def rows_kernel(  # type: ignore[no-untyped-def]
-    codes, scale, zero, offset, channel_scale, table, ids, out, first, count, rows, width, lines, scale_groups,
+    codes, scale, zero, offset, channel_scale, table, ids, out, first, count, rows, tiles, lines, scale_groups,
     zero_words, offset_groups, N: tl.constexpr, T: tl.constexpr, VARIANTS: tl.constexpr, ALIGNED: tl.constexpr,
     SCALED: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
-    """``out [count, width]`` in stored order: rows ``first ...`` or ``ids``; no numbers for rows that are not there."""
+    """``out [count, 32 tiles]`` in stored order, padded with anything: rows from row block ``first`` on, or ``ids``.
+
+    Of a row that is not there nothing is a number.
+    """
     i = tl.program_id(0) * N + tl.arange(0, N)
-    row = i + first
     if IDS:
         row = tl.load(ids + i, mask=i < count, other=0)
-    known = (i < count) & (row >= 0) & (row < rows)
-    row = tl.where(known, row, 0)
+        known = (i < count) & (row >= 0) & (row < rows)
+        row = tl.where(known, row, 0)
+        block = (row // 16).to(tl.int64)
+        r = (row % 16).to(tl.int32)
+    else:
+        block = (first + i // 16).to(tl.int64)
+        r = i % 16
+        known = (i < count) & (block * 16 + r < rows)
     entry = table + tl.program_id(1) * FIELDS
     variant = tl.load(entry)
+    stop = tl.load(entry + 2)
     tile = tl.load(entry + 1) + tl.arange(0, T)
-    here = tile < tl.load(entry + 2)
-    block = (row // 16).to(tl.int64)
-    r = (row % 16).to(tl.int32)
-    column = tl.load(entry + 1) * 32 + tl.arange(0, 32 * T)
-    inside = (i < count)[:, None] & (column < tl.minimum(tl.load(entry + 3), tl.load(entry + 2) * 32))[None, :]
-    place = out + i.to(tl.int64)[:, None] * width + (tl.load(entry + 10) + column)[None, :]
+    # Whole tiles only, so that 16 bytes are written at once.
+    column = tl.arange(0, 32 * T)[None, :]
+    inside = (i < count)[:, None] & (tl.load(entry + 1) + column // 32 < stop)
+    begin = (i.to(tl.int64) * tiles + tl.load(entry + 12) + tl.load(entry + 1)) * 32
     for v in tl.static_range(3, 27):
         if (VARIANTS >> v) & 1:  # noqa: SIM102  # known when compiling, unlike the next
             if variant == v:
                 w = _piece(
-                    entry, codes, scale, zero, offset, channel_scale, block, r, known, tile, here, lines, scale_groups,
-                    zero_words, offset_groups, N, T, v, ALIGNED, SCALED,
+                    entry, codes, scale, zero, offset, channel_scale, block, r, known, tile, tile < stop, lines,
+                    scale_groups, zero_words, offset_groups, N, T, v, ALIGNED, SCALED,
                 )  # fmt: skip
                 if IDS:
                     w = tl.where(known[:, None], w, float("nan"))
-                tl.store(place, w.to(out.dtype.element_ty), mask=inside)
+                tl.store(out + begin[:, None] + column, w.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(  # type: ignore[untyped-decorator]

@@ -21,7 +21,8 @@ from bitfloor.ops.triton.parts import Matrix
 COMPILED = isinstance(gemv_kernel, triton.JITFunction)  # not so under TRITON_INTERPRET=1
 FLOAT_PLANES = 3
 PROCESSORS = 4  # that the interpreter pretends to have
-DENSE_ROWS, DENSE_TILES = 32, 4  # of a program that makes rows dense
+DENSE_ROWS, DENSE_TILES = 64, 4  # of a program that makes rows dense
+CHOSEN_ROWS = 16  # of one that makes chosen rows dense, which are few
 ZEROED = 256  # columns to a program, of the input side
 EXACT = {"enable_fp_fusion": False}  # products are not fused with sums: values are those of the interpreter
 
@@ -173,32 +174,33 @@ def dense(
     count: int = 0,
     scaled: bool = True,
 ) -> Tensor:
-    """Rows as they are stored: ``[n, stored columns]``.
+    """Rows as they are stored, padded with any numbers: ``[n, padded]``.
 
     Args:
         matrix, dtype, scaled: see :func:`some`.
-        ids: which rows, ``[n]``; None for ``count`` rows from ``first`` on.
+        ids: which rows, ``[n]``; None for ``count`` rows from ``first`` on, a multiple of 16.
         first, count: see ``ids``.
     """
     count = count if ids is None else ids.numel()
-    out = torch.empty(count, matrix.columns, dtype=dtype, device=matrix.device)
+    out = torch.empty(count, matrix.form.padded, dtype=dtype, device=matrix.device)
     if not count:
         return out
     codes, scale = matrix.parts["codes"], matrix.parts.get("channel_scale") if scaled else None
     table = _table(matrix.form, matrix.device, None)
+    height = DENSE_ROWS if ids is None else CHOSEN_ROWS
     with on(out):
-        rows_kernel[(triton.cdiv(count, DENSE_ROWS), table.shape[0])](
+        rows_kernel[(triton.cdiv(count, height), table.shape[0])](
             *matrix.stored(),
             codes if scale is None else scale,
             table,
             codes if ids is None else ids,
             out,
-            first,
+            first // 16,
             count,
             matrix.form.shape[0],
-            matrix.columns,
+            matrix.form.padded // 32,
             *matrix.strides(),
-            N=DENSE_ROWS,
+            N=height,
             T=DENSE_TILES,
             VARIANTS=launch.variants(matrix.form),
             ALIGNED=matrix.aligned,

@@ -64,15 +64,15 @@ class PackedTriton:
         """See :func:`bitfloor.ops.packed_reference.embedding`. A row that is not there has no numbers."""
         matrix = Matrix.of(form, parts)
         rows = launches.dense(matrix, torch.float32, ids=ids.reshape(-1).contiguous())
-        return matrix.turned_back(matrix.natural(rows)).to(dtype).view(*ids.shape, form.shape[1])
+        return matrix.turned_back(matrix.natural(matrix.unpadded(rows))).to(dtype).view(*ids.shape, form.shape[1])
 
     def gradient(self, grad: Tensor, parts: Sequence[Tensor], form: Form) -> Tensor:
         """See :func:`bitfloor.ops.packed_reference.input_gradient`."""
         matrix = Matrix.of(form, parts)
-        found = grad.new_zeros(*grad.shape[:-1], matrix.columns)
+        found = grad.new_zeros(*grad.shape[:-1], form.padded)
         for start, stop in panels(*form.shape, grad.device):
             found += grad[..., start:stop] @ launches.dense(matrix, grad.dtype, first=start, count=stop - start)
-        return matrix.turned_back(matrix.natural(found))
+        return matrix.turned_back(matrix.natural(matrix.unpadded(found)))
 
 
 def _many(x: Tensor, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype, scaled: bool = True) -> Tensor:
@@ -84,7 +84,7 @@ def _many(x: Tensor, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype, sc
 
 def by_panels(x: Tensor, matrix: Matrix, bias: Tensor | None, scaled: bool = True) -> Tensor:
     """``x [rows, stored columns]`` times panels of rows that are made dense, by torch, in the dtype of ``x``."""
-    out = []
+    x, out = matrix.padded(x), []
     for start, stop in panels(matrix.form.shape[0], x.shape[1], x.device):
         weight = launches.dense(matrix, x.dtype, first=start, count=stop - start, scaled=scaled)
         out.append(F.linear(x, weight, None if bias is None else bias[start:stop].to(x.dtype)))

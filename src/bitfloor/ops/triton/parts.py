@@ -110,11 +110,13 @@ class Matrix:
             column += segment.columns
         return out
 
-    def unpadded(self, stored: Tensor, int8: bool) -> Tensor:
-        """``[rows, padded]`` without padding, rounded as int8 activations are if wanted."""
+    def unpadded(self, stored: Tensor, int8: bool = False) -> Tensor:
+        """``[..., padded]`` without padding, rounded as int8 activations are if wanted."""
+        if self.form.padded == self.columns and not int8:
+            return stored
         found, at = [], 0
         for segment in self.form.segments:
-            own = stored[:, at : at + segment.columns]
+            own = stored[..., at : at + segment.columns]
             found.append(packed_reference.rounded(own, segment.activation_block) if int8 else own)
             at += segment.columns + -segment.columns % 32
         return torch.cat(found, dim=-1)

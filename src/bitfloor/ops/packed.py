@@ -52,12 +52,6 @@ def embedding(ids: Tensor, parts: Sequence[Tensor], form: Sequence[int], dtype: 
     return found
 
 
-def has_kernel(kind: str) -> bool:
-    """Whether the product has an implementation of its own for a kind of device, ``"cpu"`` or ``"cuda"``."""
-    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key("bitfloor::packed_linear", kind.upper())
-    return found
-
-
 def _checked(
     x: Tensor, width: str, parts: Sequence[Tensor], form: Sequence[int], bias: Tensor | None = None, mode: str = INT8
 ) -> Form:

@@ -251,7 +251,7 @@ def test_no_row_depends_on_how_the_work_is_cut_but_in_its_last_bits(blocks: int,
 
 @pytest.mark.full
 def test_panels(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside("packed"), "SOME_ROWS", 10)
+    monkeypatch.setattr(inside("packed"), "WIDE_ROWS", 10)
     weight = matrix(100, [(300, 3), (276, 2)], rotation=64, order=1)
     parts, form = on_device(weight)
     x = inputs(11, 576)
@@ -296,6 +296,16 @@ def test_a_graph_gives_the_same_bits(rows: int) -> None:
         found.zero_()
         graph.replay()
         assert torch.equal(found, wanted)
+
+
+@needs_gpu
+def test_a_row_does_not_depend_on_the_others() -> None:
+    parts, form = stored(matrix(4096, [(2100, 2), (300, 4)], group_size=128))
+    parts = [part.cuda() for part in parts]
+    x = inputs(8, 2400).half()
+    whole = packed.linear(x, parts, None, form, FLOAT)
+    for rows in range(1, 8):
+        assert torch.equal(packed.linear(x[:rows], parts, None, form, FLOAT), whole[:rows])
 
 
 @needs_gpu

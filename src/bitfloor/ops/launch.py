@@ -14,6 +14,7 @@ from bitfloor.ops.form import OFFSET, PACKED, Form
 
 FEW_ROWS = 8  # of x: codes are multiplied as they lie
 SOME_ROWS = 256  # of x: tiles are made dense on the way into the product; above, panels of rows are
+WIDE_ROWS = 32  # the same for float32, which tensor cores do not take
 WARP_TILES = 8  # that a warp reads at once: 16 bytes a lane
 WARPS = 4  # of a program that multiplies few rows
 PROGRAMS = 4  # of those that a multiprocessor should have
@@ -95,7 +96,8 @@ def few_rows(form: Form, rows: int, processors: int) -> FewRows:
     """Cut the product with 1 to 8 rows of ``x``.
 
     More slices fill the processors better, and each costs every program the start that it has anyway, about a step:
-    the number is taken that needs the fewest steps, one after the other. Slices are of about equal bytes.
+    the number is taken that needs the fewest steps, one after the other. Slices are of about equal bytes, and the same
+    for any number of rows, so that no sum depends on it.
 
     Args:
         form: of the matrix.
@@ -105,8 +107,7 @@ def few_rows(form: Form, rows: int, processors: int) -> FewRows:
     padded, all_tiles = power_of_two(rows), form.padded // COLUMNS
     warps = min(WARPS, max(1, power_of_two(all_tiles) // WARP_TILES))
     step, height = WARP_TILES * warps, row_blocks(form.shape[0])
-    # More than this does not fit the registers.
-    blocks = 2 if padded <= 2 and height >= processors else 1
+    blocks = 2 if height >= processors else 1
     programs, room = -(-height // blocks), processors * PROGRAMS
     best: tuple[int, int, tuple[Piece, ...]] | None = None
     for slices in range(1, min(MOST_SLICES, -(-all_tiles // step)) + 1):
@@ -116,7 +117,8 @@ def few_rows(form: Form, rows: int, processors: int) -> FewRows:
         if best is None or (cost, len(found)) < best[:2]:
             best = (cost, len(found), found)
     assert best is not None
-    return FewRows(padded, blocks, warps, best[2])
+    # More row blocks do not fit the registers.
+    return FewRows(padded, blocks if padded <= 2 else 1, warps, best[2])
 
 
 @lru_cache(maxsize=4096)

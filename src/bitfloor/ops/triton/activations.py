@@ -50,14 +50,14 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
 ):
     """``x P R``, one block of columns of one row a program: ``H_AB = H_A (x) H_B``. A short block is the corner of a
     whole one."""
-    start = tl.load(blocks + 2 * tl.program_id(0))
-    size = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    start = tl.load(blocks + 2 * tl.program_id(1))
+    size = tl.load(blocks + 2 * tl.program_id(1) + 1)
     i = tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :]
     here = i < size
     source = start + i
     if BYTES:
         source = _entry(channels, source, here, BYTES)
-    row = tl.program_id(1).to(tl.int64) * columns
+    row = tl.program_id(0).to(tl.int64) * columns
     inside = (source >= 0) & (source < columns)
     v = tl.load(x + row + source, mask=here & inside, other=0.0).to(tl.float32)
     v = tl.where(here & (inside == 0), float("nan"), v)
@@ -79,8 +79,8 @@ def input_kernel(  # type: ignore[no-untyped-def]
         that share a step. ORDER, CHANNELS: bytes of an entry, 0 for none. STORED: ``x`` is in stored order, padded.
     counters: ``programs`` numbers that this kernel sets to zero for the next one.
     """
-    entry = units + 5 * tl.program_id(0)
-    m = tl.program_id(1).to(tl.int64)
+    entry = units + 5 * tl.program_id(1)
+    m = tl.program_id(0).to(tl.int64)
     first = tl.load(entry)
     own = tl.load(entry + 2)
     t = tl.arange(0, 4)
@@ -102,7 +102,7 @@ def input_kernel(  # type: ignore[no-untyped-def]
     if PLANES == 0:
         tl.store(out + m * columns + first * 32 + column, v, mask=t[:, None] * 32 < own)
     else:
-        if (tl.program_id(0) == 0) & (m == 0):
+        if (tl.program_id(1) == 0) & (m == 0):
             for begin in range(0, programs, 128):
                 i = begin + tl.arange(0, 128)
                 tl.store(counters + i, tl.zeros([128], tl.int32), mask=i < programs)

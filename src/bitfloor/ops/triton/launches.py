@@ -229,7 +229,7 @@ def input_side(x: Tensor, matrix: Matrix, planes: int, stored: bool, out: Tensor
         x, channels = _rotated(x, channels, form), None
     units = _units(form, planes == 1, x.device)
     with on(x):
-        input_kernel[(units.shape[0], x.shape[0])](
+        input_kernel[(x.shape[0], units.shape[0])](
             x,
             units if order is None else order,
             units if channels is None else channels,
@@ -258,7 +258,7 @@ def _rotated(x: Tensor, channels: Tensor | None, form: Form) -> Tensor:
     blocks = _turns(form.shape[1], form.rotation, x.device)
     half = form.rotation.bit_length() // 2
     with on(x):
-        rotate_kernel[(blocks.shape[0], x.shape[0])](
+        rotate_kernel[(x.shape[0], blocks.shape[0])](
             x,
             blocks if channels is None else channels,
             blocks,

@@ -3,7 +3,7 @@
 - 1 to 8 rows of ``x``: codes are multiplied as they lie, ``x`` is planes of bytes (``gemv.py``, ``activations.py``);
 - more, or groups that do not end with tiles: tiles are made dense on the way into a product on tensor cores
   (``dense.py``);
-- above ``SOME_ROWS``: a panel of rows is made dense, and torch multiplies.
+- above ``SOME_ROWS``, or ``WIDE_ROWS`` in float32: a panel of rows is made dense, and torch multiplies.
 
 Nothing waits for the GPU and no launch depends on data, so all of it can be captured in a CUDA graph. Before that, call
 once what will be captured: Triton compiles then, and what follows from a form (:mod:`bitfloor.ops.launch`) is put on
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitfloor.ops.form import Form
-from bitfloor.ops.launch import FEW_ROWS, SOME_ROWS
+from bitfloor.ops.launch import FEW_ROWS, SOME_ROWS, WIDE_ROWS
 from bitfloor.ops.reference import panels
 from bitfloor.ops.triton import launches
 from bitfloor.ops.triton.parts import Matrix
@@ -77,7 +77,7 @@ class PackedTriton:
 
 def _many(x: Tensor, matrix: Matrix, bias: Tensor | None, dtype: torch.dtype, scaled: bool = True) -> Tensor:
     """``x [rows, stored columns]`` times the matrix as it is stored, with its channel scales or without."""
-    if x.shape[0] <= SOME_ROWS:
+    if x.shape[0] <= (WIDE_ROWS if x.dtype == torch.float32 else SOME_ROWS):
         return launches.some(x, matrix, bias, dtype, scaled)
     return by_panels(x, matrix, bias, scaled).to(dtype)
 

@@ -74,6 +74,10 @@ def report(name: str, asked: dict[str, Any], compiled: Any, half: bool) -> None:
     ptx = compiled.asm["ptx"]
     row = {"kernel": name, "asked": asked, "bytes": len(compiled.asm["cubin"]), "resources": resources(compiled)}
     row["half"] = half
+    row["layouts"] = sorted(
+        set(re.findall(r'"tt.reduce".*?\}\) : \(tensor<[^>]*?(#\w+)>\)', compiled.asm["ttgir"], re.DOTALL))
+    )
+    row["layouts"] = [re.search(rf"^{name} = (.*)$", compiled.asm["ttgir"], re.M)[1] for name in row["layouts"]]
     row["instructions"] = [word for word in INSTRUCTIONS if word in ptx]
     sys.stdout.write(json.dumps(row) + "\n")
     sys.stdout.flush()

@@ -43,7 +43,7 @@ class FewRows:
     """Launch of the product with few rows of ``x``.
 
     Args:
-        rows: of ``x``, padded to a power of two.
+        rows: of ``x`` that a program multiplies, 1 or 2.
         blocks: row blocks of a program, a power of two.
         warps: of a program; it reads ``8 * warps`` tiles at once.
         pieces: one for every slice of the columns.
@@ -104,7 +104,7 @@ def few_rows(form: Form, rows: int, processors: int) -> FewRows:
         rows: of ``x``.
         processors: multiprocessors of the GPU.
     """
-    padded, all_tiles = power_of_two(rows), form.padded // COLUMNS
+    all_tiles = form.padded // COLUMNS
     warps = min(WARPS, max(1, power_of_two(all_tiles) // WARP_TILES))
     step, height = WARP_TILES * warps, row_blocks(form.shape[0])
     blocks = 2 if height >= processors else 1
@@ -117,8 +117,8 @@ def few_rows(form: Form, rows: int, processors: int) -> FewRows:
         if best is None or (cost, len(found)) < best[:2]:
             best = (cost, len(found), found)
     assert best is not None
-    # More row blocks do not fit the registers.
-    return FewRows(padded, blocks if padded <= 2 else 1, warps, best[2])
+    # More rows do not fit the registers, and would be summed in another order.
+    return FewRows(min(rows, 2), blocks, warps, best[2])
 
 
 @lru_cache(maxsize=4096)

@@ -37,11 +37,10 @@ def test_every_tile_is_in_one_piece(shape: tuple[int, int], bits: int) -> None:
     for rows in range(1, 9):
         few = launch.few_rows(known, rows, H100)
         assert covered(few.pieces, known)
-        assert few.rows >= rows and few.rows & (few.rows - 1) == 0
+        assert few.rows == min(rows, 2)
         assert len(few.pieces) <= launch.MOST_SLICES
-        assert (
-            few.pieces == launch.few_rows(known, 1, H100).pieces and few.warps == launch.few_rows(known, 1, H100).warps
-        )
+        one = launch.few_rows(known, 1, H100)
+        assert (few.pieces, few.warps) == (one.pieces, one.warps)  # a row's sums must not depend on other rows
     for rows in (9, 16, 100, 256):
         some = launch.some_rows(known, rows, H100, wide=rows == 100)
         assert covered(some.pieces, known)

@@ -34,16 +34,15 @@ def _dot4(codes, x, total, ASM: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _chunk(  # type: ignore[no-untyped-def]
-    total, codes, scale, shift, planes, count, records, block, known, at, first, tile, here,
+    total, codes, scale, shift, planes, m, count, records, block, known, at, first, tile, here,
     group, lines, scale_groups, shift_groups, scale_at, shift_at, constant,
     M: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """What some tiles of one segment add to ``total [M, R, T, 16]``.
 
-    tile [T]: in the segment; here [T]; block [R] int64; known [R]
+    tile [T]: in the segment; here [T]; m [M, 1]: rows of x; block [R] int64; known [R]
     """
     r = tl.arange(0, 16)[None, None, None, :]
-    m = tl.arange(0, M)[:, None]
     there = (m < count) & here[None, :]
     where = known[None, :, None, None] & here[None, None, :, None]
     b = block[None, :, None, None]
@@ -94,7 +93,7 @@ def _chunk(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _slice(  # type: ignore[no-untyped-def]
-    total, codes, scale, zero, offset, planes, count, records, block, known,
+    total, codes, scale, zero, offset, planes, m, count, records, block, known,
     start, stop, at, first, scale_at, zero_at, offset_at, group_tiles, constant, lines, scale_groups, zero_words,
     offset_groups, M: tl.constexpr, T: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
     ASM: tl.constexpr,
@@ -108,7 +107,7 @@ def _slice(  # type: ignore[no-untyped-def]
         here = tile < stop
         group = tile // group_tiles
         total = _chunk(
-            total, codes, scale, shift, planes, count, records, block, known, at, first, tile, here,
+            total, codes, scale, shift, planes, m, count, records, block, known, at, first, tile, here,
             group, lines, scale_groups, shift_groups, scale_at, shift_at, constant, M, PLANES, BITS, KIND, ASM,
         )  # fmt: skip
     return total
@@ -128,11 +127,12 @@ def gemv_kernel(  # type: ignore[no-untyped-def]
     R: tl.constexpr, T: tl.constexpr, PLANES: tl.constexpr, VARIANTS: tl.constexpr, SINGLE: tl.constexpr,
     SPLIT: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """``out [count, rows]`` of ``R`` row blocks and one slice.
+    """``out [count, rows]`` of ``R`` row blocks, one slice and ``M`` rows of ``x``.
 
     A matrix of one segment (``SINGLE`` is its variant) has slices of ``per`` tiles; else the table has a piece each.
     ``counters`` tell the last program of each row blocks' slices that it is the last; it leaves them at zero.
     """
+    m = tl.program_id(2) * M + tl.arange(0, M)[:, None]
     block = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     known = block < blocks
     own = tl.program_id(1)
@@ -141,7 +141,7 @@ def gemv_kernel(  # type: ignore[no-untyped-def]
         start = own * per
         stop = tl.minimum(start + per, tiles)
         total = _slice(
-            total, codes, scale, zero, offset, planes, count, records, block, known,
+            total, codes, scale, zero, offset, planes, m, count, records, block, known,
             start, stop, 0, 0, 0, 0, 0, group_tiles, constant * 0.5, lines, scale_groups, zero_words, offset_groups,
             M, T, PLANES, SINGLE // 3, SINGLE % 3, ASM,
         )  # fmt: skip
@@ -161,12 +161,12 @@ def gemv_kernel(  # type: ignore[no-untyped-def]
             if (VARIANTS >> v) & 1:  # noqa: SIM102  # known when compiling, unlike the next
                 if variant == v:
                     total = _slice(
-                        total, codes, scale, zero, offset, planes, count, records, block, known,
+                        total, codes, scale, zero, offset, planes, m, count, records, block, known,
                         start, stop, at, first, scale_at, zero_at, offset_at, by, half, lines, scale_groups,
                         zero_words, offset_groups, M, T, PLANES, v // 3, v % 3, ASM,
                     )  # fmt: skip
     y = tl.sum(total, 2)
-    m = tl.arange(0, M)[:, None, None]
+    m = m[:, :, None]
     row = (block * 16)[None, :, None] + tl.arange(0, 16)[None, None, :]
     inside = (m < count) & (row < rows)
     if SPLIT:
@@ -174,9 +174,10 @@ def gemv_kernel(  # type: ignore[no-untyped-def]
         place = partial + (own * count + m).to(tl.int64) * rows + row
         tl.store(place, y, mask=inside)
         tl.debug_barrier()
-        done = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel")
+        counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        done = tl.atomic_add(counter, 1, sem="acq_rel")
         if done == slices - 1:
-            tl.store(counters + tl.program_id(0), 0)  # as the next launch wants it
+            tl.store(counter, 0)  # as the next launch wants it
             y = tl.zeros([M, R, 16], tl.float32)
             for other in range(slices):
                 theirs = partial + (other * count + m).to(tl.int64) * rows + row

@@ -62,7 +62,7 @@ def as_planes(x: Tensor, matrix: Matrix, planes: int, stored: bool, cut: FewRows
     """``x`` as planes of bytes, and the counters of its product, at zero, if that is cut into slices."""
     records = triton.cdiv(matrix.form.padded // 32, 8)
     values = torch.empty(x.shape[0] * records * 8 * (9 * planes + 1), dtype=torch.int32, device=x.device)
-    programs = triton.cdiv(-(-matrix.form.shape[0] // 16), cut.blocks)
+    programs = triton.cdiv(-(-matrix.form.shape[0] // 16), cut.blocks) * triton.cdiv(x.shape[0], cut.rows)
     counters = torch.empty(programs, dtype=torch.int32, device=x.device) if len(cut.pieces) > 1 else None
     input_side(x, matrix, planes, stored, values, counters)
     return values, counters
@@ -83,7 +83,7 @@ def of_planes(
     single = launch.variant(form, 0) if len(form.segments) == 1 else -1
     first, blocks, tiles = launch.table(form, cut.pieces)[0], -(-height // 16), form.padded // 32
     with on(out):
-        gemv_kernel[(triton.cdiv(blocks, cut.blocks), slices)](
+        gemv_kernel[(triton.cdiv(blocks, cut.blocks), slices, triton.cdiv(rows, cut.rows))](
             *matrix.stored(),
             values,
             values if single >= 0 else _table(form, out.device, cut),

@@ -4,7 +4,8 @@
 
 Calls the library with tensors on the CPU under a driver that only says which GPU to compile for; every launch stops
 after compiling, exactly the kernels that the calls would launch. Prints one JSON line for each: kernel, what was asked
-for, bytes of machine code, registers and bytes of stack of a thread, and which instructions occur.
+for, bytes of machine code, registers and bytes of stack of a thread, which instructions occur, and how the threads
+share what is summed.
 """
 
 from __future__ import annotations
@@ -74,10 +75,9 @@ def report(name: str, asked: dict[str, Any], compiled: Any, half: bool) -> None:
     ptx = compiled.asm["ptx"]
     row = {"kernel": name, "asked": asked, "bytes": len(compiled.asm["cubin"]), "resources": resources(compiled)}
     row["half"] = half
-    row["layouts"] = sorted(
-        set(re.findall(r'"tt.reduce".*?\}\) : \(tensor<[^>]*?(#\w+)>\)', compiled.asm["ttgir"], re.DOTALL))
-    )
-    row["layouts"] = [re.search(rf"^{name} = (.*)$", compiled.asm["ttgir"], re.M)[1] for name in row["layouts"]]
+    ir = compiled.asm["ttgir"]
+    names = sorted(set(re.findall(r'"tt.reduce".*?\}\) : \(tensor<[^>]*?(#\w+)>\)', ir, re.DOTALL)))
+    row["layouts"] = [found for name in names for found in re.findall(rf"^{name} = (.*)$", ir, re.M)]
     row["instructions"] = [word for word in INSTRUCTIONS if word in ptx]
     sys.stdout.write(json.dumps(row) + "\n")
     sys.stdout.flush()

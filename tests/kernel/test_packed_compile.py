@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,10 @@ def test_every_variant(architecture: int, tmp_path: Path) -> None:
     rows = compiled(architecture, "all", tmp_path)
     check(rows)
     assert {row["kernel"] for row in rows} >= {"rotate_kernel"}
+    shared: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row["kernel"] == "gemv_kernel":
+            shared[str({**row["asked"], "M": None})].add(str(row["layouts"]))
+    # A row of x is summed in one order, whether another is beside it or not.
+    assert all(len(layouts) == 1 for layouts in shared.values())
+    assert len(shared) < sum(row["kernel"] == "gemv_kernel" for row in rows)  # or it compared nothing

@@ -27,7 +27,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import kernels
 import record
 from gpu_check import HALF_NEAR, captured, check, random_parts, small_cases
 
@@ -145,8 +144,9 @@ def one_row(case: str, shape: Sequence[int], copy_gb_s: float) -> dict[str, Any]
     from bitfloor.ops.backend import FLOAT, INT8
     from bitfloor.ops.triton import launches
     from bitfloor.ops.triton.parts import Matrix
+    from bitfloor.runtime.kernel_speed import form_of
 
-    form = kernels.form_of(case, shape)
+    form = form_of(case, shape)
     size = sum(torch.empty(0, dtype=dtype).element_size() * _count(own) for dtype, own in form.parts.values())
     given = [random_parts(form, seed) for seed in range(max(2, -(-FOOTPRINT // size)))]
     checked = check(list(form.numbers), 1, "float16")
@@ -170,7 +170,8 @@ def one_row(case: str, shape: Sequence[int], copy_gb_s: float) -> dict[str, Any]
         "half": (lambda: [torch.nn.functional.linear(x, weight) for weight in weights], len(weights)),
     }
     times = take_turns({name: (captured(work, work)[0], calls) for name, (work, calls) in works.items()})
-    found: dict[str, Any] = {"bytes": size, "matrices": len(given), **summed(times), "cut": _cut(cut), "check": checked}
+    found: dict[str, Any] = {"form": numbers, "bytes": size, "matrices": len(given), **summed(times)}
+    found |= {"cut": _cut(cut), "check": checked}
     for name in ("op", "kernel", "int8"):
         best = min(times[name])
         found[name]["gb_s"] = round(size / best / 1e3, 1)
@@ -203,8 +204,9 @@ def many_rows(case: str, shape: Sequence[int], rows: int) -> dict[str, Any]:
     from bitfloor.ops.triton import launches
     from bitfloor.ops.triton.packed import by_panels
     from bitfloor.ops.triton.parts import Matrix
+    from bitfloor.runtime.kernel_speed import form_of
 
-    form = kernels.form_of(case, shape)
+    form = form_of(case, shape)
     parts, weight = random_parts(form), torch.randn(*shape, dtype=torch.float16, device="cuda")
     x, own = torch.randn(rows, shape[1], dtype=torch.float16, device="cuda"), Matrix.of(form, parts)
     fused, panels = launches.some(x, own, None, x.dtype), by_panels(x, own, None)
@@ -232,8 +234,9 @@ def other_cuts(case: str, shape: Sequence[int]) -> dict[str, Any]:
     from bitfloor.ops import launch
     from bitfloor.ops.triton import launches
     from bitfloor.ops.triton.parts import Matrix
+    from bitfloor.runtime.kernel_speed import form_of
 
-    form = kernels.form_of(case, shape)
+    form = form_of(case, shape)
     own = [Matrix.of(form, random_parts(form, seed)) for seed in range(8)]
     x = torch.randn(1, shape[1], dtype=torch.float16, device="cuda")
     out = torch.empty(1, shape[0], dtype=torch.float16, device="cuda")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bitfloor.ops import native, packed_native
+from bitfloor.ops import native, packed_native, packed_triton
 from bitfloor.ops.packed_native import LEVELS
 
 EXTRAS = {
@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
             "reference (torch)": "active",
             "quantization (C++)": _rounding(),
             "cpu (C++)": _packed(),
-            "gpu (Triton)": "not in this version; packed weights are dequantized panel by panel with torch",
+            "gpu (Triton)": _gpu(),
         },
         "extras": {
             name: f"installed ({_version(module)}): {use}" if find_spec(module) else f"missing ({use}): {command}"
@@ -59,6 +59,13 @@ def _packed() -> str:
     if found.library is None:
         return f"not used: {found.reason}; torch computes from packed weights panel by panel"
     return f"active: {LEVELS[found.library.level]}"
+
+
+def _gpu() -> str:
+    found = packed_triton.load()
+    if found.library is None:
+        return f"not used: {found.reason}; on a GPU torch computes from packed weights panel by panel"
+    return "active"
 
 
 def _version(name: str) -> str:

@@ -251,7 +251,7 @@ def functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(module.tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        if "triton.jit" not in map(ast.unparse, node.decorator_list):
+        if not any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list):
             yield node
 
 

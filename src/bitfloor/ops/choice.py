@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from bitfloor.core.errors import InputError
-from bitfloor.ops import packed, packed_native
+from bitfloor.ops import packed_native, packed_triton
 from bitfloor.ops.backend import ACTIVATIONS, AUTO, FLOAT, INT8, REFERENCE, SETTING, backend, choosing
 
 CPU, TRITON = "cpu", "triton"
@@ -67,7 +67,7 @@ def multiplies_packed(device: str) -> bool:
     kind = torch.device(device).type
     if kind == CPU:
         return packed_native.load().library is not None
-    return packed.has_kernel(kind)
+    return kind == "cuda" and packed_triton.load().library is not None
 
 
 def _check_cpu(device: str) -> None:
@@ -82,7 +82,5 @@ def _check_triton(device: str) -> None:
         raise InputError(f"the backend {TRITON} needs a GPU and torch sees none; use {CPU} or {REFERENCE}.")
     if torch.device(device).type != "cuda":
         raise InputError(f"the backend {TRITON} computes on a GPU and the device is {device}; use --device cuda.")
-    if not multiplies_packed(device):
-        raise InputError(
-            f"the backend {TRITON} is not there: no kernels for packed weights on a GPU are installed; use {REFERENCE}."
-        )
+    if reason := packed_triton.load().reason:
+        raise InputError(f"the backend {TRITON} is not there: {reason}; or use the backend {REFERENCE}.")

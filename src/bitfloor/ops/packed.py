@@ -8,8 +8,8 @@
 
 ``form`` and ``parts`` are described in :mod:`bitfloor.ops.form`; ``activations`` is ``"float"`` or ``"int8"``. Matrices
 that share order, channels, rotation and partition, and have no channel scales, can share a ``packed_input``. Torch
-chooses by device: every device has the definition (:mod:`bitfloor.ops.packed_reference`), the CPU has kernels.
-See docs/decisions/0018.
+chooses by device: every device has the definition (:mod:`bitfloor.ops.packed_reference`), the CPU and NVIDIA's GPUs
+have kernels. See docs/decisions/0018 and 0021.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from torch import Tensor
 from bitfloor.core.basis import ordered, restored
 from bitfloor.core.errors import BitfloorError, InputError
 from bitfloor.core.rotation import rotate
-from bitfloor.ops import packed_native, packed_reference, reference
+from bitfloor.ops import packed_native, packed_reference, packed_triton, reference
 from bitfloor.ops.backend import ACTIVATIONS, INT8, REFERENCE, backend
 from bitfloor.ops.form import Form, read_form
 from bitfloor.ops.packed_native import MOST_ROWS, TYPES, PackedLibrary
+from bitfloor.ops.packed_triton import PackedGPU
 
 SCHEMAS = {
     "packed_linear": "(Tensor x, Tensor[] parts, Tensor? bias, int[] form, str activations) -> Tensor",
@@ -48,12 +49,6 @@ def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, form: Sequen
 def embedding(ids: Tensor, parts: Sequence[Tensor], form: Sequence[int], dtype: torch.dtype) -> Tensor:
     """``torch.ops.bitfloor.packed_embedding``."""
     found: Tensor = torch.ops.bitfloor.packed_embedding(ids, parts, form, dtype)
-    return found
-
-
-def has_kernel(kind: str) -> bool:
-    """Whether the product has an implementation of its own for a kind of device, ``"cpu"`` or ``"cuda"``."""
-    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key("bitfloor::packed_linear", kind.upper())
     return found
 
 
@@ -204,6 +199,58 @@ def _gradient_cpu(grad: Tensor, parts: Sequence[Tensor], form: Sequence[int]) ->
     return restored(rotate(found, checked.rotation), None if channels is None else channels.to(torch.int64))
 
 
+# -- a GPU ------------------------------------------------------------------------------------------------------------
+
+
+def _gpu(*tensors: Tensor) -> PackedGPU | None:
+    """The kernels of GPUs, if they are wanted and can take the types of these tensors."""
+    if backend() == REFERENCE or any(tensor.dtype not in TYPES for tensor in tensors):
+        return None
+    return packed_triton.library()
+
+
+def _linear_gpu(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, form: Sequence[int], activations: str
+) -> Tensor:
+    library = _gpu(x)
+    if library is None:
+        return _linear(x, parts, bias, form, activations)
+    checked = _checked(x, "I", parts, form, bias, activations)
+    with _as_given(x):
+        return library.linear(x, parts, bias, checked, activations == INT8)
+
+
+def _embedding_gpu(ids: Tensor, parts: Sequence[Tensor], form: Sequence[int], dtype: torch.dtype) -> Tensor:
+    library = _gpu()
+    if library is None:
+        return _embedding(ids, parts, form, dtype)
+    with _as_given(ids):
+        return library.embedding(ids, parts, _checked_ids(ids, parts, form), dtype)
+
+
+def _input_gpu(x: Tensor, parts: Sequence[Tensor], form: Sequence[int]) -> Tensor:
+    return (_gpu(x) or packed_reference).stored_input(x, parts, _checked(x, "I", parts, form))
+
+
+def _product_gpu(
+    stored: Tensor, parts: Sequence[Tensor], bias: Tensor | None, form: Sequence[int], activations: str
+) -> Tensor:
+    library = _gpu(stored)
+    if library is None:
+        return _product(stored, parts, bias, form, activations)
+    checked = _checked(stored, "padded", parts, form, bias, activations)
+    with _as_given(stored):
+        return library.product(stored, parts, bias, checked, activations == INT8)
+
+
+def _gradient_gpu(grad: Tensor, parts: Sequence[Tensor], form: Sequence[int]) -> Tensor:
+    library = _gpu(grad)
+    if library is None:
+        return _gradient(grad, parts, form)
+    with _as_given(grad):
+        return library.gradient(grad, parts, _checked(grad, "O", parts, form))
+
+
 # -- shapes, and the way back -----------------------------------------------------------------------------------------
 
 
@@ -257,6 +304,7 @@ def _no_way_back(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _declare() -> None:
     everywhere: list[Callable[..., Tensor]] = [_linear, _embedding, _input, _product, _gradient]
     on_cpu: list[Callable[..., Tensor]] = [_linear_cpu, _embedding_cpu, _input_cpu, _product_cpu, _gradient_cpu]
+    on_gpu: list[Callable[..., Tensor]] = [_linear_gpu, _embedding_gpu, _input_gpu, _product_gpu, _gradient_gpu]
     shapes: list[Callable[..., Tensor]] = [
         _linear_shape,
         _embedding_shape,
@@ -264,10 +312,12 @@ def _declare() -> None:
         _product_shape,
         _gradient_shape,
     ]
-    for (name, schema), definition, kernel, shape in zip(SCHEMAS.items(), everywhere, on_cpu, shapes, strict=True):
+    made = zip(SCHEMAS.items(), everywhere, on_cpu, on_gpu, shapes, strict=True)
+    for (name, schema), definition, kernel, gpu, shape in made:
         LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
         LIBRARY.impl(name, definition, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         LIBRARY.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
+        LIBRARY.impl(name, gpu, "CUDA")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"bitfloor::{name}", shape, lib=LIBRARY)
     torch.library.register_autograd("bitfloor::packed_linear", _linear_backward, setup_context=_keep, lib=LIBRARY)
     for name in ("packed_input", "packed_product", "packed_gradient"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitfloor.core.errors import InputError
-from bitfloor.ops import backend, choice, packed_native
+from bitfloor.ops import backend, choice, packed_native, packed_triton
 from bitfloor.ops.packed_native import Loaded
 
 
@@ -74,8 +74,10 @@ def test_triton_needs_a_gpu_and_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(InputError, match="computes on a GPU and the device is cpu"):
         choice.computing("triton")
-    monkeypatch.setattr(choice.packed, "has_kernel", lambda kind: kind == "cpu")
-    with pytest.raises(InputError, match="no kernels for packed weights on a GPU"):
+    monkeypatch.setattr(packed_triton, "load", lambda: packed_triton.Loaded(None, "Triton cannot be imported"))
+    with pytest.raises(InputError, match="the backend triton is not there: Triton cannot be imported"):
         choice.computing("triton", None, "cuda")
-    monkeypatch.setattr(choice.packed, "has_kernel", lambda kind: kind == "cuda")
+    assert not choice.multiplies_packed("cuda")
+    monkeypatch.setattr(packed_triton, "load", lambda: packed_triton.Loaded(object()))
     choice.computing("triton", None, "cuda")
+    assert choice.multiplies_packed("cuda")

@@ -98,6 +98,8 @@ def test_inspect_prints_the_documented_document(quantized: Folder, capsys: pytes
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {
         "recipe",
+        "format_version",
+        "verified",
         "bits_per_linear_weight",
         "bits_per_parameter",
         "bytes",
@@ -105,6 +107,7 @@ def test_inspect_prints_the_documented_document(quantized: Folder, capsys: pytes
         "restoration",
         "layers",
     }
+    assert found["format_version"] == 1 and found["verified"] is None
     assert set(found["bytes"]) == {"total", "linears", "embeddings", "other"}
     keys = {"name", "shape", "segments", "rotation", "sorted", "bytes", "bits_per_weight", "block_error", "learning"}
     assert all(set(layer) == keys and layer["block_error"] > 0 for layer in found["layers"])

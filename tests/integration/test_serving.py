@@ -278,6 +278,14 @@ def test_a_full_queue_says_so(model: TextModel, slow: list[int]) -> None:
         assert [answer.status_code for answer in answers] == [200, 200]
 
 
+def test_without_a_queue_one_is_answered_at_a_time(model: TextModel) -> None:
+    with serving(model, Limits(waiting=0)) as url:
+        asked = {"model": NAME, "prompt": "Once", "max_tokens": 2}
+        for _ in range(2):
+            assert httpx.post(f"{url}/v1/completions", json=asked, timeout=60).status_code == 200
+            assert until(lambda: idle(url), 2.0)
+
+
 def test_a_failing_model_fails_one_request(url: str, model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(token: int) -> Any:
         raise RuntimeError("no more memory")

@@ -26,7 +26,8 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", min=1, help="Read one by one.")] = 64,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="The best of so many counts.")] = 3,
     threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", min=1, help="Threads to use.", show_default="torch's")
+        int | None,
+        typer.Option("--threads", metavar="N", min=1, max=1024, help="Threads to use.", show_default="torch's"),
     ] = None,
     seconds: Annotated[float, typer.Option("--seconds", metavar="S", min=0.0, help="kernels: for every case.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (docs/cli.md has the schema).")] = False,

@@ -112,3 +112,5 @@ def read_json(path: str | os.PathLike[str], *, strict: bool = False) -> Any:
         raise InputError(f"{path} cannot be read: {error.strerror}; check the path and its permissions.") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}); copy or download it again.") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply to be read; copy or download it again.") from error

@@ -118,7 +118,7 @@ def check_layout(layout: Any, where: str) -> Layout:
     fits = {"expert": (True, False), "conv1d": (True,)}.get(layout["kind"], (False,))
     if not isinstance(transposed, bool) or transposed not in fits:
         raise _bad(where, "transposed", transposed)
-    if layout["scale_dtype"] not in SCALE_TYPES:
+    if not isinstance(layout["scale_dtype"], str) or layout["scale_dtype"] not in SCALE_TYPES:
         raise _bad(where, "scale_dtype", layout["scale_dtype"])
     rotation = layout.get("rotation", 2)
     if isinstance(rotation, bool) or not isinstance(rotation, int) or not rotation or not is_rotation(rotation):

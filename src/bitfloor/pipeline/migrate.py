@@ -7,19 +7,22 @@ version until ``config.json`` is replaced, and one of the new version from then 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 from bitfloor.core.errors import InputError
 from bitfloor.core.headers import CONFIG, INDEX
-from bitfloor.formats.atomic import TEMPORARY_SUFFIX, atomic_file, make_folder, read_json, write_json
+from bitfloor.formats.atomic import TEMPORARY_SUFFIX, atomic_file, make_folder, read_json, storage_error, write_json
 from bitfloor.formats.checkpoint import Checkpoint, read_checkpoint
 from bitfloor.formats.layout import FORMAT_VERSION
 from bitfloor.formats.shards import rewrite_shard
 from bitfloor.formats.verify import shard_checksum, verify_checkpoint
 from bitfloor.pipeline.folder import REPORT, only_writer
 from bitfloor.pipeline.journal import FOLDER
+
+MARK = ".bitfloor-migration"  # in a new folder, until it is a checkpoint
 
 
 def migrate_checkpoint(folder: Path, out: Path | None) -> dict[str, Any]:
@@ -45,6 +48,7 @@ def migrate_checkpoint(folder: Path, out: Path | None) -> dict[str, Any]:
     if out is not None:
         _check_target(folder, out)
         make_folder(out)
+        write_json(out / MARK, _origin(folder))
     with only_writer(target):
         files = _shards(checkpoint, target)
         if out is not None:
@@ -52,28 +56,40 @@ def migrate_checkpoint(folder: Path, out: Path | None) -> dict[str, Any]:
         _report(folder, target, files)
         config = {**checkpoint.config, "quantization_config": checkpoint.native.to_dict()}
         write_json(target / CONFIG, config)
+        (target / MARK).unlink(missing_ok=True)
         verify_checkpoint(read_checkpoint(target), files)
     return {"from": version, "to": FORMAT_VERSION, "path": str(target), "files": files}
 
 
 def _check_target(folder: Path, out: Path) -> None:
     """Refuse a folder that holds anything but what a killed migration of ``folder`` could have left."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give a folder for the migrated checkpoint.")
+    try:
+        there = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    except NotADirectoryError as error:
+        raise InputError(f"{out} is a file; give a folder for the migrated checkpoint.") from error
+    except OSError as error:
+        raise storage_error(error, out) from error
     if out.resolve() == folder.resolve():
         raise InputError(f"{out} is the checkpoint itself; add --in-place instead of a second folder.")
-    there = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    known = {path.name for path in folder.iterdir()} - {CONFIG}
-    for name in there:
-        if name.removesuffix(TEMPORARY_SUFFIX) not in known and name != CONFIG + TEMPORARY_SUFFIX:
-            raise InputError(
-                f"{out} is not empty (it holds {name!r}); choose a new folder for the migrated checkpoint."
-            )
+    if folder.resolve() in out.resolve().parents:
+        raise InputError(f"{out} lies inside the checkpoint; choose a folder elsewhere.")
+    begun = MARK in there and read_json(out / MARK) == _origin(folder)
+    foreign = [] if begun else sorted(set(there) - {MARK + TEMPORARY_SUFFIX}, key=lambda name: name != CONFIG)
+    if foreign:
+        raise InputError(
+            f"{out} is not empty (it holds {foreign[0]!r}); choose a new folder for the migrated checkpoint."
+        )
+
+
+def _origin(folder: Path) -> dict[str, str]:
+    """What a migration into another folder is known by while it is under way."""
+    return {"config_sha256": hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()}
 
 
 def _shards(checkpoint: Checkpoint, target: Path) -> dict[str, str]:
     """Write every shard to ``target`` with a checksum, after it was compared with what is known of it."""
-    said = _stored_report(checkpoint.folder).get("files", {})
+    said = _stored_report(checkpoint.folder).get("files")
+    said = said if isinstance(said, dict) else {}
     files = {}
     for path in sorted({path for path, _ in checkpoint.tensors.values()}):
         own, found, whole = shard_checksum(path)
@@ -88,7 +104,7 @@ def _copy_rest(checkpoint: Checkpoint, out: Path) -> None:
     """Copy all other files, the index of the shards among them; not the journal, report or configuration."""
     shards = {path.name for path, _ in checkpoint.tensors.values()}
     for path in sorted(checkpoint.folder.iterdir()):
-        if path.name in {CONFIG, REPORT, FOLDER, *shards} or path.name.endswith(TEMPORARY_SUFFIX):
+        if path.name in {CONFIG, REPORT, FOLDER, MARK, *shards} or path.name.endswith(TEMPORARY_SUFFIX):
             continue
         if path.is_dir():
             shutil.copytree(path, out / path.name, dirs_exist_ok=True)

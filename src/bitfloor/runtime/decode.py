@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from bitfloor.core.errors import InputError
 from bitfloor.modeling.context import context_length
 from bitfloor.ops.backend import REFERENCE, backend
 
-NATIVE = "bitfloor.runtime.native_step"  # has `why_not(model)` and `NativeDecoder(model, max_length)`
+NATIVE = "bitfloor.runtime.native_step"  # has `why_not(model, max_length)` and `NativeDecoder(model, max_length)`
 
 
 class Decoder(Protocol):
@@ -55,7 +56,8 @@ class TransformersDecoder:
 
     A cache that cannot be cut (a sliding window that has slid, a recurrent state) is computed again from the tokens
     when something is appended after :meth:`truncate`. A model without a cache of the usual kind is run over the whole
-    sequence at every step.
+    sequence at every step. Positions whose angles depend on how long the sequence is (:class:`MovingAngles`) are
+    computed again, all of them, when they change.
 
     Args:
         model: on its device, in evaluation mode.
@@ -69,6 +71,7 @@ class TransformersDecoder:
         accepted = inspect.signature(model.forward).parameters
         self._caches = "past_key_values" in accepted and model._supports_default_dynamic_cache()
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._angles = MovingAngles.of(model)
         self._ids: list[int] = []
         self._cache: DynamicCache | None = None
 
@@ -91,7 +94,7 @@ class TransformersDecoder:
                 "shorten the text."
             )
         cache, self._cache = self._cache, None  # until it is whole again: an interruption leaves it half appended
-        if cache is None:
+        if cache is None or self._angles.change(self.length, self.length + len(ids)):
             fed = [*self._ids, *ids]
             cache = DynamicCache(config=self._model.config) if self._caches else None
         else:
@@ -116,8 +119,9 @@ class TransformersDecoder:
         removed = self.length - length
         if not removed:
             return
+        moved = self._angles.change_back(length, len(self._ids))
         self._ids = self._ids[:length]
-        if self._cache is not None and length and all(map(_can_be_cut, self._cache.layers)):
+        if self._cache is not None and length and not moved and all(map(_can_be_cut, self._cache.layers)):
             self._cache.crop(-removed)
         else:
             self._cache = None
@@ -133,6 +137,49 @@ class TransformersDecoder:
         )
         logits: Tensor = out.logits[0, -1].float()
         return logits
+
+
+@dataclass(frozen=True)
+class MovingAngles:
+    """Rotary positions that depend on the length of the whole sequence: keys of a shorter one do not fit a longer one.
+
+    With ``longrope`` there are two sets, one for sequences up to the length the model was first trained on and one for
+    longer ones; with ``dynamic`` every length beyond it has its own. transformers' ``generate`` reads a prompt whole,
+    and so gives all of it one set; with ``longrope`` it reads everything again where the second set begins.
+
+    Args:
+        kind: ``"longrope"``, ``"dynamic"``, or None for positions that do not depend on it.
+        limit: the length up to which nothing moves.
+    """
+
+    kind: str | None
+    limit: int = 0
+
+    @classmethod
+    def of(cls, model: Any) -> MovingAngles:
+        """Those of a model, from its configuration."""
+        config = model.config.get_text_config()
+        found = getattr(config, "rope_parameters", None) or {}
+        for rope in (found, *(value for value in found.values() if isinstance(value, dict))):
+            kind = rope.get("rope_type")
+            if kind == "longrope":
+                own = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+                return cls(kind, int(rope.get("original_max_position_embeddings") or own))
+            if kind == "dynamic":
+                return cls(kind, int(config.max_position_embeddings))
+        return cls(None)
+
+    def change(self, held: int, length: int) -> bool:
+        """Whether what is held does not fit when several tokens are appended, up to ``length``."""
+        if self.kind is None or not held or length <= self.limit:
+            return False
+        return held <= self.limit if self.kind == "longrope" else length > held + 1
+
+    def change_back(self, length: int, held: int) -> bool:
+        """Whether what is held does not fit when it is cut to ``length``."""
+        if self.kind is None or held <= self.limit:
+            return False
+        return length <= self.limit or self.kind == "dynamic"
 
 
 def _bound(model: Any, max_length: int | None) -> int | None:
@@ -156,7 +203,7 @@ def open_decoder(model: Any, max_length: int | None = None) -> Decoder:
     bound = _bound(model, max_length)
     if bound is not None and backend() != REFERENCE and find_spec(NATIVE) is not None:
         native = import_module(NATIVE)
-        if native.why_not(model) is None:
+        if native.why_not(model, bound) is None:
             decoder: Decoder = native.NativeDecoder(model, bound)
             return decoder
     return TransformersDecoder(model, max_length)

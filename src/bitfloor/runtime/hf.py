@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitfloor.core.errors import InputError
+from bitfloor.core.errors import BitfloorError, InputError
 from bitfloor.core.headers import CONFIG
 from bitfloor.formats.checkpoint import check_tensors, read_checkpoint, read_entries
 from bitfloor.formats.layout import QUANT_METHOD, announce_version, parse_config
@@ -161,9 +161,18 @@ def _from_pretrained(folder: Path, dtype: str | torch.dtype, trust_remote_code: 
             f"{folder / CONFIG} describes no model that transformers can build ({reason}); check the file, or pass "
             "trust_remote_code if the model brings its own code and you trust it."
         ) from error
-    model, found = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (KeyError, ValueError, TypeError, AttributeError) as error:  # what classes of models make of bad values
+        if isinstance(error, BitfloorError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"{folder} describes a model that transformers cannot build ({type(error).__name__}: {reason}); check its "
+            f"{CONFIG} and generation_config.json."
+        ) from error
     if other := sorted(map(str, (*found["mismatched_keys"], *found["missing_keys"], *found["unexpected_keys"]))):
         raise InputError(
             f"the tensors in {folder} are not those of the model in its {CONFIG} (the first that differs: {other[0]}); "

@@ -16,6 +16,8 @@ from bitfloor.ops.form import PARTS, read_form
 from bitfloor.ops.packed_native import TYPES
 from bitfloor.runtime.linear import PackedEmbedding, PackedLinear, PackedMatrix, TiedHead, form_of
 
+# Ways to compute plain attention, all with the same result; somebody can register others.
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
 
@@ -46,6 +48,8 @@ def _read(model: Any) -> DecoderParts:
     _check(family, inner, "Model", {"embed_tokens", "layers", "norm", "rotary_emb"})
     if getattr(config, "is_causal", True) is not True:
         raise NotNative("its attention is not causal")
+    if config._attn_implementation not in ATTENTION:
+        raise NotNative(f"its attention is computed by {config._attn_implementation!r}")
     layers = tuple(_layer(family, index, layer, config) for index, layer in enumerate(inner.layers))
     if not layers or len(layers) != config.num_hidden_layers:
         raise NotNative(f"it has {len(layers)} layers and its configuration says {config.num_hidden_layers}")

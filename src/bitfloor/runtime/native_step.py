@@ -17,13 +17,18 @@ from bitfloor.ops.backend import INT8, REFERENCE, activations, backend
 from bitfloor.ops.decoder_native import DecoderLibrary, DecoderParts
 from bitfloor.runtime.native_parts import NotNative, read_model
 
+MOST_POSITIONS = 1 << 26  # as in csrc/packed/decoder.h
 
-def why_not(model: Any) -> str | None:
+
+def why_not(model: Any, max_length: int = 1) -> str | None:
     """Why the native step cannot run a model, a clause; None if it can.
 
     Args:
         model: a causal language model of transformers.
+        max_length: most tokens that it is to hold.
     """
+    if max_length > MOST_POSITIONS:
+        return f"it holds {MOST_POSITIONS:,} tokens at most, not {max_length:,}"
     found = _read(model)
     return found if isinstance(found, str) else None
 
@@ -56,8 +61,8 @@ class NativeDecoder:
     """
 
     def __init__(self, model: Any, max_length: int) -> None:
-        if max_length < 1:
-            raise InputError(f"a context of {max_length} tokens holds none; use at least 1.")
+        if not 1 <= max_length <= MOST_POSITIONS:
+            raise InputError(f"a context of {max_length} tokens cannot be held; use 1 to {MOST_POSITIONS}.")
         parts = _read(model)
         if isinstance(parts, str):
             raise InputError(f"The native step cannot run this model: {parts}; use transformers.")

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from bitfloor.core.errors import InputError
+from bitfloor.formats.checkpoint import read_checkpoint
 from bitfloor.modeling.context import context_length, text_config
 from bitfloor.modeling.loader import open_source
 from bitfloor.modeling.skeleton import build_skeleton
@@ -132,6 +133,7 @@ def bench_model(folder: Path, options: SpeedOptions, say: Say) -> dict[str, Any]
 
 def _bench_model(folder: Path, options: SpeedOptions, say: Say) -> dict[str, Any]:
     say(f"loading {folder.name}")
+    read_checkpoint(folder)  # anything else is refused: its rows would not be of packed weights
     model = load_model(folder, dtype=torch.float32)
     prompt, new = options.fitted(context_length(model))
     length = prompt + new

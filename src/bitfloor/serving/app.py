@@ -21,7 +21,7 @@ from bitfloor.runtime.stream import Ending, Piece
 from bitfloor.serving.errors import ApiError, wrong
 from bitfloor.serving.replies import DONE, Reply, as_event, as_json, model_card
 from bitfloor.serving.requests import Ask, parse_chat, parse_completion, read_json
-from bitfloor.serving.worker import Event, Job, Started, Worker
+from bitfloor.serving.worker import Event, Job, Started, Worker, closing
 
 BODY_SECONDS = 60.0  # in which a body must have come
 
@@ -140,6 +140,8 @@ class App:
             raise ApiError(408, f"The body did not come within {BODY_SECONDS:.0f} seconds.") from error
         except ClientDisconnect as error:
             raise wrong(None, "The body broke off.") from error
+        except asyncio.CancelledError as error:
+            raise closing() from error  # the server ends, and does not wait for slow clients
         return bytes(data)
 
 

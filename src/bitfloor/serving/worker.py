@@ -76,7 +76,8 @@ class Worker:
         with self._changed:
             if self._closed:
                 raise closing()
-            if len(self._waiting) >= self._most_waiting:
+            room = self._most_waiting + (self._running is None)  # the one that is answered next does not wait
+            if len(self._waiting) >= room:
                 message = f"{len(self._waiting)} requests are waiting and there is room for no more; try again later."
                 raise ApiError(429, message, code="queue_full")
             self._waiting.append(job)

@@ -151,6 +151,8 @@ def test_in_place_a_shard_that_was_done_is_not_done_again(
         _kill_at(patch, 2)
         with pytest.raises(Killed):
             migrate_checkpoint(older, None)
+    report = json.loads((older / "bitfloor.json").read_text())
+    verify_checkpoint(read_checkpoint(older), report["files"])  # half migrated it is a whole checkpoint still
     with monkeypatch.context() as patch:
         writes = _kill_at(patch, 0)
         migrate_checkpoint(older, None)
@@ -171,6 +173,15 @@ def test_what_cannot_be_migrated_gets_a_sentence(older: Path, newer: Path, tmp_p
         migrate_checkpoint(older, newer)
     with pytest.raises(InputError, match="is a file"):
         migrate_checkpoint(older, tmp_path / "full" / "thesis.tex")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_text("mine")  # a name that the checkpoint has too
+    with pytest.raises(InputError, match=r"it holds 'model.safetensors'"):
+        migrate_checkpoint(older, tmp_path / "mine")
+    assert (tmp_path / "mine" / "model.safetensors").read_text() == "mine"
+    with pytest.raises(InputError, match="lies inside the checkpoint"):
+        migrate_checkpoint(older, older / "new")
+    with pytest.raises(InputError, match="cannot be written"):
+        migrate_checkpoint(older, tmp_path / ("x" * 300))
     config = json.loads((older / "config.json").read_text())
     config["quantization_config"]["format_version"] = 2
     _store(older / "config.json", config)

@@ -9,7 +9,7 @@ import torch
 from pico import VOCAB, pico_model
 
 from bitfloor.core.errors import InputError
-from bitfloor.runtime.decode import TransformersDecoder, open_decoder
+from bitfloor.runtime.decode import MovingAngles, TransformersDecoder, open_decoder
 
 # One of each kind of cache and of position: rotary, sliding window on all or on some layers, learned positions, ALiBi.
 KINDS = ["llama", "mistral", "gemma3_text", "opt", "gpt2", "falcon_alibi", "gpt_oss"]
@@ -51,6 +51,33 @@ def test_after_truncate_it_continues_from_the_prefix(name: str) -> None:
     assert close(decoder.prefill(IDS[30:34]), whole(model, [*IDS[:3], IDS[9], *IDS[:8], *IDS[30:34]]))
     decoder.truncate(0)
     assert close(decoder.prefill(IDS[:2]), whole(model, IDS[:2]))
+
+
+def test_positions_that_depend_on_the_length_are_computed_again_where_they_change() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 24}
+    rope |= {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    model = pico_model("phi3", max_position_embeddings=200, original_max_position_embeddings=24, rope_parameters=rope)
+    decoder = open_decoder(model)
+    decoder.prefill(IDS[:20])
+    assert close(decoder.prefill(IDS[20:30]), whole(model, IDS[:30]))  # a prompt in pieces, over the border
+    for count in range(31, 34):
+        assert close(decoder.step(IDS[count - 1]), whole(model, IDS[:count]))
+    decoder.truncate(22)
+    assert close(decoder.step(IDS[22]), whole(model, IDS[:23]))  # back to the short ones
+    for count in range(24, 28):
+        assert close(decoder.step(IDS[count - 1]), whole(model, IDS[:count]))  # token by token over the border
+    decoder.truncate(26)
+    assert close(decoder.step(IDS[26]), whole(model, IDS[:27]))
+
+
+def test_dynamic_positions_of_a_prompt_are_those_of_the_whole_prompt() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = pico_model("llama", max_position_embeddings=24, rope_parameters=rope)
+    model.config.max_position_embeddings = 200  # of what it may hold; the angles know their own
+    angles = MovingAngles("dynamic", 24)
+    assert angles.change(20, 30) and angles.change(28, 34) and not angles.change(28, 29)
+    assert not angles.change(10, 20) and angles.change_back(26, 30) and not angles.change_back(10, 20)
+    assert MovingAngles.of(model).kind == "dynamic" and MovingAngles.of(pico_model("llama")).kind is None
 
 
 def test_a_prefix_is_not_computed_again() -> None:

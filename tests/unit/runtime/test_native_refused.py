@@ -11,6 +11,7 @@ import torch
 from native_cases import TIGHT, eager, need_kernels, off, packed
 from pico import VOCAB, pico_model
 from torch import nn
+from transformers import AttentionInterface
 
 from bitfloor.core.errors import InputError
 from bitfloor.ops.backend import reference
@@ -44,8 +45,16 @@ def test_bad_input_gets_a_sentence_and_changes_nothing(tmp_path: Path) -> None:
     assert off(decoder.prefill([4, 5, 6, 7, 8]), wanted) < TIGHT
     with pytest.raises(InputError, match="1 more tokens do not fit"):
         decoder.step(1)
-    with pytest.raises(InputError, match="holds none"):
-        NativeDecoder(model, 0)
+    for length in (0, 1 << 40):
+        with pytest.raises(InputError, match="cannot be held"):
+            NativeDecoder(model, length)
+    assert why_not(model, 1 << 20) is None
+    assert "at most" in (why_not(model, 1 << 40) or "")
+
+
+def other_attention(model: Any) -> None:
+    AttentionInterface.register("nothing", lambda *given, **_: (given[1].transpose(1, 2) * 0, None))
+    model.set_attn_implementation("nothing")
 
 
 def hooked(model: Any) -> None:
@@ -83,6 +92,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Callable[[Any], None] | None]] = {
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
         None,
     ),
+    "attention": ("computed by 'nothing'", {}, other_attention),
     "hooked": ("hooks into a LlamaMLP", {}, hooked),
     "around": ("Sequential", {}, around),
     "other norm": ("RMSNorm stands where", {}, other_norm),

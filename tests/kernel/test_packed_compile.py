@@ -37,7 +37,8 @@ def check(rows: list[dict[str, Any]]) -> None:
         if row["kernel"] == "gemm_kernel" and row["half"]:
             # Tensor cores, whichever way they are asked on that GPU.
             assert {"mma.sync", "wgmma"} & set(row["instructions"]), row
-        if row["resources"] is not None and row["half"]:
+        # Groups that end anywhere take many more registers; that way only has to be right.
+        if row["resources"] is not None and row["half"] and row["asked"].get("ALIGNED", True):
             assert row["resources"][1] <= SPILLED, row
 
 

@@ -105,7 +105,13 @@ def test_json_is_one_document(what: str, expected: Any, run: Run) -> None:
 
 
 def test_nonsense_is_refused(run: Run, measured: list[Any]) -> None:
-    for options in (("kernels", "--baseline", "m"), ("dir", "--rounds", 0), ("dir", "--threads", 0), ()):
+    for options in (
+        ("kernels", "--baseline", "m"),
+        ("dir", "--rounds", 0),
+        ("dir", "--threads", 0),
+        ("dir", "--threads", 100_000),
+        (),
+    ):
         outcome = run("bench", *options)
         assert outcome.code == 2 and outcome.out == "" and outcome.err.count("\n") == 1
     assert measured == []

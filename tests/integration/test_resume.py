@@ -396,21 +396,3 @@ def test_a_changed_weight_changes_the_result(
     assert set(found) == set(expected)
     assert found["model.safetensors"] != expected["model.safetensors"]
     assert found["tokenizer.json"] == expected["tokenizer.json"]
-
-
-def test_a_journal_knows_no_format_version_so_runs_of_version_0_are_continued(
-    model: Path, small: Recipe, tmp_path: Path, expected: dict[str, str]
-) -> None:
-    """What a run leaves behind when it stops is the same under versions 0 and 1."""
-    out = tmp_path / "out"
-    with pytest.raises(Stopped):
-        api.quantize(model, out, small, progress=stop_at(2, Stopped()))
-    for path in (out / FOLDER).iterdir():
-        assert b"format_version" not in path.read_bytes() and b"shard_sha256" not in path.read_bytes()
-    api.quantize(model, out, small)
-    assert contents(out) == expected
-    config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 0
-    (out / "config.json").write_text(json.dumps(config))
-    api.quantize(model, out, small)  # finished: kept as it is
-    assert json.loads((out / "config.json").read_text())["quantization_config"]["format_version"] == 0

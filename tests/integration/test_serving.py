@@ -286,6 +286,19 @@ def test_without_a_queue_one_is_answered_at_a_time(model: TextModel) -> None:
             assert until(lambda: idle(url), 2.0)
 
 
+def test_a_body_that_is_still_coming_does_not_hold_up_the_end(model: TextModel) -> None:
+    with serving(model) as url:
+        host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+        client = socket.create_connection((host, int(port)))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(f'{head}Content-Length: 100\r\n\r\n{{"mod'.encode())
+        assert until(lambda: idle(url))
+    client.settimeout(10)
+    answer = b"".join(iter(lambda: client.recv(4096), b"")).decode()
+    client.close()
+    assert " 503 " in answer.splitlines()[0] and '"shutting_down"' in answer
+
+
 def test_a_failing_model_fails_one_request(url: str, model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(token: int) -> Any:
         raise RuntimeError("no more memory")

@@ -199,10 +199,19 @@ def generate_text(
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The generation config's end tokens (a chat model may have several), else the tokenizer's."""
+    """The generation config's end tokens (a chat model may have several), else the tokenizer's.
+
+    Raises:
+        InputError: they are no token ids.
+    """
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if declared is None:
         declared = tokenizer.eos_token_id
     if declared is None:
         return ()
-    return tuple(declared) if isinstance(declared, (list, tuple)) else (int(declared),)
+    ends = tuple(declared) if isinstance(declared, (list, tuple)) else (declared,)
+    if not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
+        raise InputError(
+            f"generation_config.json has eos_token_id = {declared!r}; put a token id there, or a list of them."
+        )
+    return ends

@@ -109,6 +109,7 @@ def _set(content: dict[str, Any], path: str, value: Any) -> None:
         ("layouts/0/kind", "conv2d", "kind = 'conv2d'"),
         ("layouts/0/transposed", 0, "transposed = 0"),
         ("layouts/0/scale_dtype", "float32", "scale_dtype = 'float32'"),
+        ("layouts/0/scale_dtype", {}, "scale_dtype = {}"),
         ("layouts/0", 3, "not a table"),
         ("matrices/a", 2, "layout = 2"),
         ("orders/b", "c", "orders has b = 'c'"),

@@ -169,3 +169,8 @@ def test_nonsense_is_refused(made: Made) -> None:
             bench_model(made("llama")[1], options, lambda text: None)
     with pytest.raises(InputError, match="no prompt"):
         SpeedOptions().fitted(1)
+
+
+def test_a_float_model_is_no_packed_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds a float model, not a bitfloor checkpoint"):
+        bench_model(save_pico(tmp_path / "m", "llama"), QUICK, lambda text: None)

@@ -43,6 +43,7 @@ TARGETS = {
 }  # of llama.cpp: products at most its time, the others its speed
 OWN = ("native int8", "native float")
 TORCH = ("eager float", "bfloat16", "float16")
+PAUSE = 0.2  # seconds in which the threads of whoever had the turn before go to sleep; until then they spin
 SLOW = 4  # eager models and half precision read and continue so many times fewer tokens
 
 
@@ -205,6 +206,7 @@ class Contestant:
 
     def ask(self, what: str, count: int, threads: int) -> None:
         """Have it run once; seconds a token are kept."""
+        time.sleep(PAUSE)
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"what": what, "tokens": count, "threads": threads}) + "\n")
         self.process.stdin.flush()

@@ -20,6 +20,7 @@ import record
 from cells import NAMES, Results, difference_cell, markdown, needed, perplexity_cell
 from lowest import iq1, lowest, multiples, parts, shapes
 from mixed import averages, clipping, gains, second, slim
+from speeds import decode, int8, kernels, resident, seven
 
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
 FLOAT_EMBEDDING = 16
@@ -244,6 +245,11 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "iq1": iq1,
     "parts": parts,
     "lowest": lowest,
+    "kernels": kernels,
+    "decode": decode,
+    "seven": seven,
+    "resident": resident,
+    "int8": int8,
 }
 # Documents with marked tables.
 METHODS = record.ROOT / "docs" / "methods"
@@ -254,6 +260,7 @@ DOCUMENTS = (
     METHODS / "slim-llm.md",
     METHODS / "ptq161.md",
     METHODS.parent / "allocation.md",
+    METHODS.parent / "speed.md",
 )
 
 

@@ -81,8 +81,9 @@ def test_the_oldest_turns_are_forgotten_with_a_note(talk) -> None:
 
 def test_a_message_that_is_too_long_is_told_and_the_next_one_answered(talk) -> None:
     outcome = talk("x" * 200, "Hi")
-    assert outcome.code == 0 and len(outcome.out.splitlines()) == 1
+    assert outcome.code == 2 and len(outcome.out.splitlines()) == 1
     assert "error: The prompt has 218 tokens and the model's context holds 160" in outcome.err
+    assert talk("x" * 200, "Hi", terminal=True).code == 0  # somebody was there to read it
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(talk, monkeypatch: pytest.MonkeyPatch) -> None:

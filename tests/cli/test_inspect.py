@@ -75,6 +75,37 @@ def test_a_report_of_another_checkpoint_is_refused(run: Run, folder: Folder) -> 
     assert outcome.code == 2 and "5041" in outcome.err and "5042" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("recipe", "mine"),
+        ("bytes", 5042),
+        ("files", ["model.safetensors"]),
+        ("files", {"model.safetensors": 1}),
+        ("made_from", []),
+        ("matrices", []),
+        ("matrices", {"model.layers.2.up": 3}),
+        ("matrices", {"model.layers.2.up": {"block_error": "small"}}),
+        ("matrices", {"model.layers.2.up": {"learning": {"before": 1.0}}}),
+        ("kept", 1),
+        ("tuning", {"before": 1.0, "after": None, "step": 3}),
+        ("restoration", "done"),
+    ],
+)
+def test_a_report_of_other_types_is_refused(run: Run, folder: Folder, key: str, value: object) -> None:
+    folder.write_report(**{key: value})
+    for options in ((), ("--json", "--verify"), ("--bits",)):
+        outcome = run("inspect", folder.path, *options)
+        assert outcome.code == 2 and outcome.err.count("\n") == 1 and outcome.out == ""
+        assert f"bitfloor.json: {key} must be " in outcome.err
+
+
+def test_a_report_that_is_no_object_is_refused(run: Run, folder: Folder) -> None:
+    (folder.path / "bitfloor.json").write_text("[]")
+    outcome = run("inspect", folder.path)
+    assert outcome.code == 2 and "is no JSON object" in outcome.err
+
+
 def test_verify_says_what_it_compared(run: Run, folder: Folder) -> None:
     """The fixture's shard has no checksum; one of the report's is as good."""
     shard = folder.path / "model.safetensors"

@@ -220,6 +220,13 @@ def test_a_body_that_does_not_come(url: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_other_routes_are_error_objects_too(url: str, method: str, path: str, status: int) -> None:
     answer = httpx.request(method, f"{url}{path}")
     assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
+    assert answer.headers.get("allow") == ("POST" if status == 405 else None)
+
+
+def test_tokens_outside_the_vocabulary_are_told_with_their_field(url: str) -> None:
+    answer = httpx.post(f"{url}/v1/completions", json={"model": NAME, "prompt": [1, 10**6]})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "prompt" and "1000000 is outside" in error["message"]
 
 
 def test_sixty_four_clients_at_once_are_all_answered(url: str) -> None:

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from bitfloor.cli.inspection import REPORT, Inspection, Layer
+from bitfloor.cli.inspection import Inspection, Layer
+from bitfloor.cli.report import REPORT, read_report
 from bitfloor.core.bit_plan import BitPlan, read_plan
 from bitfloor.core.errors import InputError
-from bitfloor.formats.atomic import atomic_file, read_json
+from bitfloor.formats.atomic import atomic_file
 from bitfloor.formats.checkpoint import read_checkpoint
 
 PLAN = "plan.json"
@@ -80,11 +81,10 @@ def channel_widths(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def plan_in(folder: Path) -> BitPlan | None:
     """The plan that a quantized folder was made by, if it lies there as it was."""
-    report = folder / REPORT
-    if not (folder / PLAN).is_file() or not report.is_file():
+    if not (folder / PLAN).is_file() or not (folder / REPORT).is_file():
         return None
     plan = read_plan(folder / PLAN)
-    made_by = (read_json(report).get("allocation") or {}).get("sha256")
+    made_by = (read_report(folder).get("allocation") or {}).get("sha256")
     return plan if plan.sha256() == made_by else None
 
 

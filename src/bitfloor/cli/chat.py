@@ -70,7 +70,7 @@ def chat(
         print_note(HINT)
     elif isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no text does not end the program
-    asked = 0
+    asked = refused = 0
     while (line := _read()) is not None:
         if line.strip() == QUIT:
             break
@@ -79,8 +79,11 @@ def chat(
             print_note("forgotten.")
         elif line.strip():
             # Another seed for every answer, or a question that is asked again would get the same draws.
-            _answer(conversation, line, Settings(max_new_tokens, temperature, top_p, (seed + asked) % (1 << 63)))
+            settings = Settings(max_new_tokens, temperature, top_p, (seed + asked) % (1 << 63))
+            refused += not _answer(conversation, line, settings)
             asked += 1
+    if refused and not sys.stdin.isatty():
+        raise typer.Exit(2)  # nobody read the messages
 
 
 def _read() -> str | None:
@@ -95,13 +98,13 @@ def _read() -> str | None:
     return line.removesuffix("\n") if line else None
 
 
-def _answer(conversation: Conversation, line: str, settings: Settings) -> None:
-    """Print one answer while it is made, and how fast that was."""
+def _answer(conversation: Conversation, line: str, settings: Settings) -> bool:
+    """Print one answer while it is made, and how fast that was; False if the line was refused, which is told."""
     try:
         forgotten = conversation.forget_for(line, settings)
     except InputError as error:
         print_error(str(error))
-        return
+        return False
     if forgotten:
         turns = "turn is" if forgotten == 1 else f"{forgotten} turns are"
         print_note(f"[the context is full: the oldest {turns} forgotten]")
@@ -118,6 +121,7 @@ def _answer(conversation: Conversation, line: str, settings: Settings) -> None:
     sys.stdout.write("\n")
     sys.stdout.flush()
     print_note(_summary(conversation.prompt_tokens, [when - began for when in times], ended))
+    return True
 
 
 def _summary(prompt: int, times: list[float], ended: str) -> str:

@@ -14,15 +14,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from bitfloor.cli.report import REPORT, read_report
 from bitfloor.core.errors import InputError
 from bitfloor.core.headers import CONFIG, TensorEntry
-from bitfloor.formats.atomic import read_json
 from bitfloor.formats.checkpoint import check_accounting, read_checkpoint
 from bitfloor.formats.layout import NativeConfig, announce_version
 from bitfloor.formats.verify import verify_checkpoint
 from bitfloor.pipeline.timing import recall
 
-REPORT = "bitfloor.json"
 JOURNAL = ".bitfloor"
 ORIGINAL_BITS = 16
 ENDS = ("embedding", "head")
@@ -156,7 +155,7 @@ def inspect_folder(folder: Path, *, verify: bool = False) -> Inspection:
     native = checkpoint.native
     announce_version(native)
     check_accounting(folder, native, checkpoint.tensors)
-    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+    report = read_report(folder)
     facts: Mapping[str, Any] = report.get("matrices", {})
     kept = {name: entry for name, (_, entry) in checkpoint.tensors.items()}
     verified = None

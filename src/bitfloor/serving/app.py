@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -254,8 +254,10 @@ def _document(content: Any, status: int = 200) -> Response:
     return Response(as_json(content), status, media_type="application/json")
 
 
-def _error(error: ApiError) -> Response:
-    return _document(error.body(), error.status)
+def _error(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    response = _document(error.body(), error.status)
+    response.headers.update(headers or {})
+    return response
 
 
 async def _told(request: Request, error: Exception) -> Response:
@@ -268,4 +270,4 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reasons = {404: "There is no such route", 405: f"This route does not take {request.method}"}
     message = f"{reasons.get(error.status_code, error.detail)}: {request.url.path}."
-    return _error(ApiError(error.status_code, message))
+    return _error(ApiError(error.status_code, message), error.headers)  # Allow, with 405

@@ -167,8 +167,11 @@ def _integer(fields: Mapping[str, Any], name: str, least: int | None) -> int | N
     value = fields.get(name)
     if value is None:
         return None
+    if type(value) is float and value.is_integer():
+        value = int(value)  # 3.0: some clients know one kind of number only
     if type(value) is not int:
-        raise wrong(name, f"{name} must be a whole number and is a JSON {_name(value)}.")
+        is_what = f"is {value}" if type(value) is float else f"is a JSON {_name(value)}"
+        raise wrong(name, f"{name} must be a whole number and {is_what}.")
     if least is not None and value < least:
         raise wrong(name, f"{name} = {value} is too small; use at least {least}, or leave it out.")
     return value

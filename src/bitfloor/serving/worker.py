@@ -130,11 +130,14 @@ class Worker:
             return self._running
 
     def _answer(self, job: Job) -> None:
-        ids = self._encode(job.ask)
+        param = "messages" if job.ask.chat else "prompt"
+        try:
+            ids = self._encode(job.ask)
+        except InputError as error:
+            raise wrong(param, str(error)) from error
         try:
             check_room(len(ids), self._model.context)
         except InputError as error:
-            param = "messages" if job.ask.chat else "prompt"
             raise wrong(param, str(error), "context_length_exceeded") from error
         job.emit(Started(len(ids)))
         for piece in self._model.stream(ids, job.ask.settings, job.cancelled.is_set):

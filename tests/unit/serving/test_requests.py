@@ -73,7 +73,7 @@ def test_prompts_of_tokens_and_batches_of_one() -> None:
         ({"max_tokens": -1}, "max_tokens", "max_tokens = -1 is too small"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens = 0 is too small"),
         ({"max_tokens": "5"}, "max_tokens", "must be a whole number and is a JSON string"),
-        ({"max_tokens": 5.0}, "max_tokens", "must be a whole number"),
+        ({"max_tokens": 5.5}, "max_tokens", "must be a whole number and is 5.5"),
         ({"max_tokens": True}, "max_tokens", "must be a whole number and is a JSON boolean"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "differ"),
         ({"temperature": "hot"}, "temperature", "must be a number"),

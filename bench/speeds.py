@@ -111,3 +111,20 @@ def int8(results: Results) -> str:
             cells = [perplexity_cell(found["float"]), perplexity_cell(found["int8"])]
             rows.append([f"{row['preset']}, {NAMES[text]}", *cells, f"{found['rise']:+.2%}", difference_cell(nats)])
     return markdown(["", "float activations", "int8", "perplexity", "Δ nats/token [95%]"], rows)
+
+
+def faster(results: Results) -> str:
+    """Decoding with int8 activations beside llama.cpp, which rounds them too: a small model, and one of 7B's shape."""
+    rows = []
+    compared = needed(results, "decode")["compared"]
+    for row in sorted(compared, key=lambda row: (row["threads"], row["source"]), reverse=True):
+        if row["name"] == "native int8":
+            peer = next(kind for kind in FILE_TYPES if kind in row["peer"])
+            speeds = [f"{row['ratios'][what]:.2f}" for what in ("decode", "prefill")]
+            rows.append([f"SmolLM2-135M, {row['source']}", str(row["threads"]), peer, *speeds])
+    for model in needed(results, "seven")["models"]:
+        for run in model["threads"]:
+            name = f"Llama-2-7B's shape, {model['case']}"
+            rows.append([name, str(run["threads"]), model["peer"], f"{run['gain']['int8']:.2f}", "-"])
+    rows.sort(key=lambda row: int(row[1]))
+    return markdown(["", "threads", "llama.cpp's file", "decoding, times its speed", "reading a prompt"], rows)

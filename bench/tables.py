@@ -18,9 +18,10 @@ from typing import Any
 
 import record
 from cells import NAMES, Results, difference_cell, markdown, needed, perplexity_cell
+from headline import headline
 from lowest import iq1, lowest, multiples, parts, shapes
 from mixed import averages, clipping, gains, second, slim
-from speeds import decode, int8, kernels, resident, seven
+from speeds import decode, faster, int8, kernels, resident, seven
 
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table:(?P=name) -->)", re.DOTALL)
 FLOAT_EMBEDDING = 16
@@ -225,6 +226,7 @@ def _variants(found: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    "headline": headline,
     "yardstick": yardstick,
     "shipped": shipped,
     "peers": peers,
@@ -245,6 +247,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "iq1": iq1,
     "parts": parts,
     "lowest": lowest,
+    "faster": faster,
     "kernels": kernels,
     "decode": decode,
     "seven": seven,
@@ -261,6 +264,7 @@ DOCUMENTS = (
     METHODS / "ptq161.md",
     METHODS.parent / "allocation.md",
     METHODS.parent / "speed.md",
+    METHODS.parent / "results.md",
 )
 
 

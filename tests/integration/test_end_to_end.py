@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from math import prod
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitfloor import api
 from bitfloor.cli.inspection import inspect_folder
 from bitfloor.cli.main import main
+from bitfloor.core.errors import InputError
 from bitfloor.formats.checkpoint import read_checkpoint
 from bitfloor.methods.options import GptqConfig
 from bitfloor.runtime.linear import PackedMatrix, cache_weights
@@ -192,6 +194,26 @@ def test_the_dense_export_is_an_ordinary_model(quantized: Folder, tmp_path: Path
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")("ab").input_ids == [
         *AutoTokenizer.from_pretrained(folder)("ab").input_ids
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_hidden_layers": 1}, "and missing in the model"),
+        ({"num_hidden_layers": 40}, "is missing in the checkpoint"),
+        ({"intermediate_size": 24}, "24] in the model"),
+    ],
+)
+def test_an_export_under_another_models_configuration_is_refused(
+    quantized: Folder, tmp_path: Path, changes: dict[str, int], told: str
+) -> None:
+    folder = shutil.copytree(quantized("gptq", 3), tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(InputError, match="is of another model") as caught:
+        api.export(folder, tmp_path / "dense")
+    assert told in str(caught.value)
+    assert not (tmp_path / "dense").exists()
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------

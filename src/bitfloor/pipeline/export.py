@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor
 
 from bitfloor.core.errors import InputError
+from bitfloor.core.headers import CONFIG
 from bitfloor.core.packed import dequantize
 from bitfloor.formats import native
-from bitfloor.formats.atomic import make_folder
+from bitfloor.formats.atomic import make_folder, write_json
 from bitfloor.formats.checkpoint import Checkpoint, read_checkpoint
 from bitfloor.formats.files import TORCH_DTYPES, read_tensor, write_artifact
 from bitfloor.formats.layout import announce_version
 from bitfloor.formats.shards import CheckpointWriter
 from bitfloor.formats.verify import verify_checkpoint
+from bitfloor.modeling.skeleton import build_skeleton, load_config
 from bitfloor.pipeline.folder import copy_companions
 
 PARTS = ".bitfloor-export"
@@ -34,7 +37,7 @@ def export_dense(folder: Path, out: Path) -> dict[str, Any]:
         out: a new or empty folder.
 
     Raises:
-        InputError: not a native checkpoint, or ``out`` holds something.
+        InputError: not a native checkpoint, one whose configuration is of another model, or ``out`` holds something.
         BitfloorError: the disk is full.
     """
     checkpoint = read_checkpoint(folder)
@@ -43,6 +46,8 @@ def export_dense(folder: Path, out: Path) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(path.name != PARTS for path in out.iterdir())):
         raise InputError(f"{out} is not an empty folder; choose a new one for the export.")
     dtype = _dtype(checkpoint)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    _check_model(checkpoint, config)
     make_folder(out)
     parts = make_folder(out / PARTS)
     writer = CheckpointWriter(out)
@@ -60,10 +65,38 @@ def export_dense(folder: Path, out: Path) -> dict[str, Any]:
     finally:
         shutil.rmtree(parts, ignore_errors=True)
     copy_companions(folder, out)
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     writer.finish(config)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     return {"format": "dense", "path": str(out), "bytes": size, "tensors": count}
+
+
+def _check_model(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """Build the model that the configuration describes, without weights, and compare its parameters with those here.
+
+    A model that brings its own code is not built: its code is not run for an export.
+
+    Raises:
+        InputError: it has other parameters: an export would be a folder that nothing loads.
+    """
+    if "auto_map" in config:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        write_json(Path(scratch) / CONFIG, config)
+        model = build_skeleton(load_config(Path(scratch)))
+    shapes = {name: checkpoint.tensors[name][1].shape for name in checkpoint.native.kept}
+    for parameter, matrices in _parameters(checkpoint).items():
+        layout = checkpoint.native.layout_of(matrices[0])
+        shape = tuple(reversed(layout["shape"])) if layout["transposed"] else tuple(layout["shape"])
+        shapes[parameter] = (len(matrices), *shape) if layout["kind"] == "expert" else shape
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    for name in sorted({*shapes, *wanted} - (tied - set(shapes))):
+        if shapes.get(name) != wanted.get(name):
+            there, asked = (list(found[name]) if name in found else "missing" for found in (shapes, wanted))
+            raise InputError(
+                f"{checkpoint.folder / CONFIG} is of another model: {name} is {there} in the checkpoint and {asked} in "
+                "the model that it describes; copy the folder again."
+            )
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -50,7 +50,7 @@ def headline(results: Results) -> str:
     rows = [["float", "16", *scores(results["yardstick/float"]), "-"]]
     for width, methods in LADDER.items():
         found = [(name, results[key]) for name, key in methods if key in results]
-        best = [min(perplexity(content, text) for _, content in found) for text in NAMES]
+        best = [min((perplexity(content, text) for _, content in found), default=0.0) for text in NAMES]
         for name, content in found:
             bits = content.get("bits_per_linear_weight")
             cells = [

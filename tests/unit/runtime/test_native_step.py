@@ -43,6 +43,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
     ),
+    "llama, positions by yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
     "llama, one key head": ("llama", {"num_key_value_heads": 1, "num_attention_heads": 6, "head_dim": 8}),
     "mistral, window of 6": ("mistral", {}),
     "mistral": ("mistral", {"sliding_window": None}),

@@ -72,10 +72,39 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 6},
 }
 
+# Beside attention these have short convolutions and recurrences, or experts in places of their own.
+_MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 1}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        **_LLAMA,
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 32,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "falcon_h1": {**_LLAMA, **_MAMBA, "mamba_d_ssm": 48, "mamba_n_heads": 4, "mamba_d_head": 12, "mamba_chunk_size": 8},
+    "jamba": {
+        **_LLAMA,
+        **_MAMBA,
+        "mamba_dt_rank": 4,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "lfm2": {**_LLAMA, "layer_types": ["conv", "full_attention", "conv"]},
+    "jetmoe": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 12},
+}
+
 
 def pico_config(name: str, **changes: Any) -> Any:
     """The configuration of one pico model."""
-    values = {**CONFIGS[name], **changes}
+    values = {**CONFIGS, **HYBRIDS}[name] | changes
     return AutoConfig.for_model(values.pop("model_type", name), **values)
 
 

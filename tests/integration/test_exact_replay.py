@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pico import CONFIGS, save_pico, token_batches
+from pico import CONFIGS, HYBRIDS, save_pico, token_batches
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
@@ -64,7 +64,7 @@ def quantize_in_place(model: nn.Module, source: SourceModel) -> None:
             matrix.copy_(rounded(matrix))
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", [*sorted(CONFIGS), *sorted(HYBRIDS)])
 def test_replay_is_exact(name: str, tmp_path: Path) -> None:
     source = open_source(save_pico(tmp_path / "model", name))
     # Two lengths, both beyond the sliding windows of 6, so masks differ between batches and between blocks.

@@ -1,8 +1,9 @@
 """What a model is made of: where its decoder blocks are, which matrices can be quantized, and what is kept as it is.
 
 Nothing here goes by a model's name. A matrix is quantizable because of what holds it (``nn.Linear``, transformers'
-``Conv1D``, or a stacked parameter of experts); a parameter is kept because it is a vector, a norm, a bias or a router.
-Anything else in a block is refused with its name, because a weight skipped in silence is a wrong bit count.
+``Conv1D``, or a stacked parameter of experts); a parameter is kept because it is a vector, a norm, a bias, a router, or
+part of the depthwise convolutions and recurrences of hybrid models. Anything else in a block is refused with its name,
+because a weight skipped in silence is a wrong bit count.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bitfloor.core.errors import InputError
 from bitfloor.core.spec import MatrixRef
 
 _ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "wg"}
+_STATE_SPACE = {"A_log"}  # [channels, states] in Mamba, a vector in what came after it
 _EXPERT_LISTS = re.compile(r"experts$|expert$")
 # Subclasses of nn.Linear with a forward of their own that is the same product.
 _PLAIN_LINEARS = {"FalconLinear"}
@@ -168,6 +170,10 @@ def _kept_reason(local: str, module: nn.Module, pname: str, dim: int, expert_par
         return "bias"
     if "norm" in kind.lower():
         return "norm"
+    if pname in _STATE_SPACE:
+        return "state-space parameter"
+    if isinstance(module, nn.Conv1d) and module.groups == module.in_channels:
+        return "depthwise convolution"
     return "vector" if dim <= 1 else None
 
 
@@ -177,9 +183,8 @@ def _stacked(path: str, module: nn.Module, pname: str, k: int, config: Pretraine
     full = f"{path}.{pname}"
     transposed = _is_transposed(full, module, pname, (param.shape[1], param.shape[2]), config)
     shape = (param.shape[2], param.shape[1]) if transposed else (param.shape[1], param.shape[2])
-    suffix = "" if pname == "weight" else f".{pname}"
     for index in range(param.shape[0]):
-        yield MatrixRef(f"{path}.{index}{suffix}", full, shape, k, "expert", index, transposed)
+        yield MatrixRef(f"{path}.{index}.{pname}", full, shape, k, "expert", index, transposed)
 
 
 def _is_transposed(full: str, module: nn.Module, pname: str, inner: tuple[int, int], config: PretrainedConfig) -> bool:

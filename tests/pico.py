@@ -97,6 +97,17 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "expert_layer_period": 2,
         "expert_layer_offset": 1,
     },
+    "mamba": {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "state_size": 8,
+        "time_step_rank": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
     "lfm2": {**_LLAMA, "layer_types": ["conv", "full_attention", "conv"]},
     "jetmoe": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 12},
 }

@@ -43,6 +43,8 @@ def test_what_is_packed_is_what_runs_and_what_is_exported(
         ("qwen3_next", "linear_attn.conv1d.weight", "depthwise convolution"),
         ("qwen3_next", "mlp.shared_expert_gate.weight", "router"),
         ("falcon_h1", "mamba.conv1d.weight", "depthwise convolution"),
+        ("mamba", "mixer.A_log", "state-space parameter"),
+        ("mamba", "mixer.dt_proj.weight", "state-space parameter"),
         ("jamba", "mamba.A_log", "state-space parameter"),
         ("lfm2", "conv.conv.weight", "depthwise convolution"),
         ("jetmoe", "mlp.router.layer.weight", "router"),

@@ -21,6 +21,7 @@ from bitfloor.core.spec import MatrixRef
 
 _ROUTER_NAMES = {"gate", "router", "shared_expert_gate", "wg"}
 _STATE_SPACE = {"A_log"}  # [channels, states] in Mamba, a vector in what came after it
+_READ_DIRECTLY = {"dt_proj"}  # a narrow Linear of Mamba, multiplied by its weight and not by a call
 _EXPERT_LISTS = re.compile(r"experts$|expert$")
 # Subclasses of nn.Linear with a forward of their own that is the same product.
 _PLAIN_LINEARS = {"FalconLinear"}
@@ -170,7 +171,7 @@ def _kept_reason(local: str, module: nn.Module, pname: str, dim: int, expert_par
         return "bias"
     if "norm" in kind.lower():
         return "norm"
-    if pname in _STATE_SPACE:
+    if pname in _STATE_SPACE or last in _READ_DIRECTLY:
         return "state-space parameter"
     if isinstance(module, nn.Conv1d) and module.groups == module.in_channels:
         return "depthwise convolution"

@@ -111,12 +111,6 @@ def test_maps_of_blocks() -> None:
     assert {r.block for r in parts.block_matrices(1)} == {1} and len(parts.block_matrices(1)) == 7
 
 
-def test_a_state_space_model_is_refused_by_parameter() -> None:
-    config = pico_config("llama", model_type="mamba", num_hidden_layers=2, state_size=4)
-    with pytest.raises(InputError, match=r"backbone\.layers\.0\.mixer\.\S+ has shape .* belongs to Mamba"):
-        describe(build_skeleton(config))
-
-
 class Doubled(nn.Linear):
     """A linear layer that computes something else."""
 

@@ -27,8 +27,7 @@ from bitfloor.runtime.text_model import TextModel
 from bitfloor.serving import app
 from bitfloor.serving.server import Limits, Server, key_from, listen
 
-NAME = "speaker"
-CONTEXT = 512
+NAME, CONTEXT = "speaker", 512
 JSON = {"content-type": "application/json"}
 HI: Any = [{"role": "user", "content": "Hi"}]
 
@@ -156,8 +155,6 @@ def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="n = 2 is not supported") as caught:
         client.chat.completions.create(model=NAME, messages=HI, n=2)
     assert caught.value.param == "n" and caught.value.type == "invalid_request_error"
-    with pytest.raises(openai.BadRequestError, match="max_tokens = -3"):
-        client.chat.completions.create(model=NAME, messages=HI, max_tokens=-3)
     with pytest.raises(openai.NotFoundError, match="this server has 'speaker'"):
         client.chat.completions.create(model="gpt-5", messages=HI)
     for stream in (False, True):
@@ -166,8 +163,9 @@ def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:
         assert caught.value.code == "context_length_exceeded" and caught.value.param == "prompt"
     with pytest.raises(openai.BadRequestError, match="a user speaks first"):
         client.chat.completions.create(model=NAME, messages=[{"role": "assistant", "content": "Hi"}])
-    with pytest.raises(openai.BadRequestError, match="Token id 999"):
+    with pytest.raises(openai.BadRequestError, match="Token id 999") as caught:
         client.completions.create(model=NAME, prompt=[999])
+    assert caught.value.param == "prompt"
 
 
 def test_an_answer_may_fill_the_context(client: openai.OpenAI) -> None:
@@ -221,12 +219,6 @@ def test_other_routes_are_error_objects_too(url: str, method: str, path: str, st
     answer = httpx.request(method, f"{url}{path}")
     assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
     assert answer.headers.get("allow") == ("POST" if status == 405 else None)
-
-
-def test_tokens_outside_the_vocabulary_are_told_with_their_field(url: str) -> None:
-    answer = httpx.post(f"{url}/v1/completions", json={"model": NAME, "prompt": [1, 10**6]})
-    error = answer.json()["error"]
-    assert answer.status_code == 400 and error["param"] == "prompt" and "1000000 is outside" in error["message"]
 
 
 def test_sixty_four_clients_at_once_are_all_answered(url: str) -> None:

@@ -89,14 +89,13 @@ def resident(results: Results) -> str:
     """Peak memory of loading and running."""
     rows = []
     for model in needed(results, "resident")["models"]:
-        held = sum(model["bytes"].values()) + model["cache"]
         rows.append(
             [
                 f"{model['name']}, {model['layers']} layers of LLaMA-7B's width",
                 f"{sum(model['bytes'].values()) / 1e9:.2f} GB",
                 f"{model['cache'] / 1e9:.2f} GB",
                 f"{(model['peak'] - model['import_only']) / 1e9:.2f} GB",
-                f"{(model['peak'] - model['import_only']) / held:.2f}",
+                f"{model['ratio']:.2f}",
             ]
         )
     return markdown(["", "packed", "key-value cache", "peak, imports taken off", "of what must be held"], rows)

@@ -18,7 +18,7 @@ from typing import Any
 
 import record
 from cells import NAMES, Results, difference_cell, markdown, needed, perplexity_cell
-from headline import headline
+from headline import headline, scores
 from lowest import iq1, lowest, multiples, parts, shapes
 from mixed import averages, clipping, gains, second, slim
 from speeds import decode, faster, int8, kernels, resident, seven
@@ -168,13 +168,10 @@ def seeds(results: Results) -> str:
         ours = re.fullmatch(r"yardstick/(signround-w\dg64)\+calibration\.batch_size-4(\+seed-(\d+))?", key)
         theirs = re.fullmatch(r"peers/autoround_w(\d)_default(_seed\d+)?", key)
         if ours:
-            perplexities = [content["perplexity"][text]["ppl"] for text in NAMES]
-            rows.append([ours[1], f"bitfloor, seed {ours[3] or 0}", *map(perplexity_cell, perplexities)])
+            rows.append([ours[1], f"bitfloor, seed {ours[3] or 0}", *scores(content)])
         elif theirs:
-            scores = {entry["file"]: entry["ppl"] for entry in content["evaluation"].values()}
-            perplexities = [next(value for file, value in scores.items() if text in file) for text in NAMES]
             name = f"auto-round, seed {content.get('seed', 42)}"
-            rows.append([f"signround-w{theirs[1]}g64", name, *map(perplexity_cell, perplexities)])
+            rows.append([f"signround-w{theirs[1]}g64", name, *scores(content)])
     return markdown(["same settings", "", *NAMES.values()], sorted(rows))
 
 

@@ -61,8 +61,8 @@ def test_speed_beside_llama_cpp_is_that_of_int8() -> None:
 
 def test_memory_is_what_the_imports_do_not_need() -> None:
     sizes = {"linears": 60, "embedding": 20, "head": 0, "other": 0}
-    model = {"name": "w", "layers": 2, "bytes": sizes, "cache": 20, "peak": 210, "import_only": 100}
-    assert speeds.resident({"resident": {"models": [model]}}).splitlines()[2].endswith("| 1.10 |")
+    model = {"name": "w", "layers": 2, "bytes": sizes, "cache": 20, "peak": 210, "import_only": 100, "ratio": 1.1}
+    assert speeds.resident({"resident": {"models": [model]}}).splitlines()[2].endswith("| 0.00 GB | 1.10 |")
 
 
 @pytest.mark.parametrize("table", [speeds.kernels, speeds.decode, speeds.seven, speeds.resident, speeds.int8])

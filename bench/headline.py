@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lowest
 from cells import NAMES, Results, markdown, perplexity_cell
 
 # By width: what a row is called, and its result. Peers are those settings of theirs that did best here.
@@ -39,7 +40,7 @@ LADDER = {
     ),
     "1.6 bits": (
         ("`ptq161`, 160 steps", "yardstick/ptq161+method.steps-160"),
-        ("`ptq161-restored`, 160 steps", "yardstick/ptq161-restored+method.steps-160"),
+        ("`ptq161-restored`, 160 steps", f"yardstick/{lowest.RESTORED}"),
         ("`bitfloor-1.61`", "yardstick/bitfloor-1.61"),
     ),
 }

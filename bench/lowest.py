@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from cells import NAMES, Results, markdown, needed, perplexity_cell
 
 # Rows of the table of perplexities below two bits, with the results they are made from.
+RESTORED = "ptq161-restored+method.steps-160+restore.mode-packed+restore.seqlen-256"
 LADDER = (
     ("one bit throughout, nothing learned", "ptq161+method.steps-0+method.ratio-0"),
     ("mask of random channels, nothing learned", "ptq161+method.steps-0+method.score-random"),
@@ -14,7 +15,7 @@ LADDER = (
     ("mask of random channels, 160 steps", "ptq161+method.steps-160+method.score-random"),
     ("mask by activations, 160 steps, squared error alone", "ptq161+method.steps-160+method.cosine-false"),
     ("mask by activations, 160 steps, with the cosine term", "ptq161+method.steps-160"),
-    ("the same, restored before", "ptq161-restored+method.steps-160"),
+    ("the same, restored before", RESTORED),
     ("`ptq161`: 640 steps", "ptq161"),
     ("`ptq161-restored`", "ptq161-restored"),
     ("OmniQuant by whole rows, 2 bits", "omniquant-w2g64+spec.group_size--1"),

@@ -43,6 +43,8 @@ from bitfloor.talking import Compute, continue_text, open_text_model
 AnyPath = str | os.PathLike[str]
 AnyRecipe = AnyPath | Mapping[str, Any]
 
+PACK = {"documents": False, "packed": True, "auto": None}  # one running text, or documents; None: as the text is
+
 
 def quantize(
     model: AnyPath,
@@ -324,7 +326,7 @@ def _batches(recipe: Recipe, job: Job, source: SourceModel) -> list[Tensor]:
         seqlen=part.seqlen,
         batch_size=part.batch_size,
         min_chars=part.min_chars,
-        pack={"documents": False, "packed": True, "auto": None}[part.mode],
+        pack=PACK[part.mode],
     )
 
 
@@ -345,7 +347,7 @@ def read_texts(recipe: Recipe, job: Job, source: SourceModel) -> Text:
         return Text(batches)
     part = recipe.calibration
     read = load_text(config.text or part.text, "calibration")
-    pack = {"documents": False, "packed": True, "auto": None}[part.mode]
+    pack = PACK[config.mode or part.mode]
     return Text(batches, make_lessons(config, source.tokenizer(), read, batches, min_chars=part.min_chars, pack=pack))
 
 

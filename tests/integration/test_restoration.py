@@ -267,6 +267,7 @@ def test_widths_are_found_again_and_a_given_plan_holds_for_both(pico: Any, small
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tokens": 31}, "restore.tokens = 31 is less than one update reads"),
     ({"tokens": 10**9}, "is too short for restore.tokens = 1,000,000,000: .* or read it more than once"),
+    ({"tokens": 10**9, "mode": "documents"}, r"or read it as one running text \(restore.mode=packed\)"),
     ({"seqlen": 4096}, "restore.seqlen = 4,096 is longer than this model's context of 128"),
     ({"adapter": "lorra", "rank": None}, "'lorra' is no adapter of this peft; did you mean lora"),
     ({"adapter": "prefix_tuning", "rank": None}, "prefix_tuning is not for matrices"),

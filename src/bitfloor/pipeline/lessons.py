@@ -33,6 +33,7 @@ class RestoreConfig:
     tokens: int = 131_072
     passes: int = 1
     text: str | None = None
+    mode: str | None = None
     held_out: float = 0.05
     seqlen: int = 512
     batch_size: int = 1
@@ -200,11 +201,13 @@ def make_lessons(
         left = found - 1
         while left > 0 and left + max(1, round(config.held_out * left)) > found:
             left -= 1
-        again = f", or read it more than once (restore.passes={-(-config.sequences // left)})" if left > 0 else ""
+        ways = ["name another text with restore.text", "ask for fewer tokens"]
+        ways += [f"read it more than once (restore.passes={-(-config.sequences // left)})"] if left > 0 else []
+        ways += [] if packed else ["read it as one running text (restore.mode=packed)"]
         raise InputError(
             f"{source.name} is too short for restore.tokens = {config.tokens:,}: {config.distinct:,} sequences of "
             f"{config.seqlen:,} tokens to learn from and {config.judged:,} to judge by are needed, and it has "
-            f"{found:,}{beside}; name another text with restore.text, ask for fewer tokens{again}."
+            f"{found:,}{beside}; {', '.join(ways[:-1])}, or {ways[-1]}."
         )
     tokens = torch.tensor([rows[k * found // wanted] for k in range(wanted)], dtype=torch.int64)
     held = [(2 * k + 1) * wanted // (2 * config.judged) for k in range(config.judged)]

@@ -176,6 +176,10 @@ class Run:
         _, runner = self._open(k)
         try:
             inputs: Batches = self._quantized if self._quantized is not None else ()
+            if self._quantized is not None:
+                runner.check_called(self.assignment.of_block(k), self._quantized[0])
+            if self._quantized is not None:
+                runner.check_called(self.assignment.of_block(k), self._quantized[0])
             specs, searched = self._allocated(runner, inputs, self.assignment.of_block(k))
             exact, targets = self._float_sides(runner)
             result = self.job.method.quantize_block(runner, inputs, specs, exact, targets)

@@ -260,6 +260,9 @@ class RestorePart(Part):
     text: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="null (like calibration.text), or a text as there"
     )
+    mode: Literal["documents", "packed", "auto"] | None = Field(
+        default=None, description="null (like calibration.mode), documents, packed or auto"
+    )
     held_out: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.05, description="a share between 0 and 1")
     seqlen: Annotated[int, Field(ge=2)] = Field(default=512, description="a number of tokens of 2 or more")
     batch_size: Count = Field(default=1, description="a positive number of sequences")

@@ -67,6 +67,9 @@ def test_documents_give_their_beginnings_and_those_that_calibrate_are_left_out()
     with pytest.raises(InputError, match="a is too short for restore.tokens = 450: 10 sequences of 45"):
         many = RestoreConfig(tokens=450, seqlen=45, accumulation=1)
         make_lessons(many, Letters(), source, seen, min_chars=0, pack=None)
+    with pytest.raises(InputError, match="fewer tokens, .* or read it as one running text \\(restore.mode=packed\\)"):
+        make_lessons(many, Letters(), source, seen, min_chars=0, pack=None)
+    assert len(make_lessons(many, Letters(), source, seen, min_chars=0, pack=True).train) == 10
 
 
 def test_what_a_short_text_would_need_is_said_and_is_enough() -> None:

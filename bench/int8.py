@@ -1,9 +1,10 @@
 """What rounding activations to int8 costs a packed model: perplexity on both texts with and without, paired.
 
-    python bench/int8.py --model DIR --work DIR [--data DIR] rtn-w4g64 bitfloor-fast-w2g64
+    python bench/int8.py --model DIR --work DIR [--data DIR] rtn-w4g64 rtn-w4g64,spec.group_size=128 bitfloor-fast-w2g64
 
-The model is quantized with each preset as shipped (embedding and head at 8 bits, packed), and scored twice by the same
-windows of the yardstick: with float activations, and with int8 in every packed product, head included.
+The model is quantized with each preset as shipped, or with what is said behind it, embedding and head packed at 8 bits.
+It is scored twice by the same windows of the yardstick: with float activations, and with int8 in every packed product, head
+included.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TARGET = 0.005  # rise of perplexity
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("presets", nargs="+", metavar="PRESET", help="names of presets (bitfloor recipes ls)")
+    parser.add_argument("presets", nargs="+", metavar="PRESET[,KEY=VALUE...]", help="presets, and overrides")
     parser.add_argument("--model", type=Path, required=True, help="folder of the yardstick model")
     parser.add_argument("--work", type=Path, required=True, help="folder for the quantized models, which stay")
     parser.add_argument("--data", type=Path, help=f"folder of the texts; default: ${record.DATA}")
@@ -34,15 +35,25 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def packed(preset: str, args: argparse.Namespace) -> Path:
     """The quantized model, made unless it is there."""
-    out = args.work / preset
+    out = args.work / preset.replace("=", "-").replace(",", "+")
     if not (out / "config.json").is_file():
-        yardstick.quantize(preset, out, scoring(args, preset))
+        yardstick.quantize(preset.partition(",")[0], out, scoring(args, preset))
     return out
 
 
 def scoring(args: argparse.Namespace, preset: str) -> argparse.Namespace:
     """The yardstick's settings, the embedding stored as shipped."""
-    line = [preset, "--model", str(args.model), "--work", str(args.work), "--embedding-bits", "8"]
+    name, *overrides = preset.split(",")
+    line = [
+        name,
+        *(part for override in overrides for part in ("--set", override)),
+        "--model",
+        str(args.model),
+        "--work",
+        str(args.work),
+        "--embedding-bits",
+        "8",
+    ]
     line += ["--windows", str(args.windows), *(["--data", str(args.data)] if args.data else [])]
     return yardstick.arguments(line)
 

@@ -26,16 +26,20 @@ namespace {
 
 static const int64_t AHEAD = 8192;  // bytes that the int8 product asks for in advance
 
-// One accumulator for every power of two that fields in place count too often.
-template <int B>
+// One accumulator for every power of two that fields in place count too often. Where codes are short
+// these are many, and the upper half of a byte is moved down before it is multiplied.
+template <int B, int D>
 struct Slots {
     static constexpr Fields all = fields(B);
+    static constexpr bool upper(Field field) { return (B == 1 || (B == 2 && D > 1)) && field.at >= 4; }
+    static constexpr int at(Field field) { return upper(field) ? field.at - 4 : field.at; }
+    static constexpr int ratio_of(Field field) { return at(field) - field.low; }
     static constexpr int of(int field) {  // its accumulator
         int found = 0;
         for (int i = 0; i < field; ++i) {
-            if (all.of[i].ratio() == all.of[field].ratio()) return of(i);
+            if (ratio_of(all.of[i]) == ratio_of(all.of[field])) return of(i);
             bool first = true;
-            for (int k = 0; k < i; ++k) first = first && all.of[k].ratio() != all.of[i].ratio();
+            for (int k = 0; k < i; ++k) first = first && ratio_of(all.of[k]) != ratio_of(all.of[i]);
             found += first ? 1 : 0;
         }
         return found;
@@ -47,7 +51,7 @@ struct Slots {
     }
     static constexpr int ratio(int slot) {
         for (int i = 0; i < all.count; ++i)
-            if (of(i) == slot) return all.of[i].ratio();
+            if (of(i) == slot) return ratio_of(all.of[i]);
         return 0;
     }
 };
@@ -100,18 +104,20 @@ struct Wide {
     template <int B, int D, size_t... I>
     static inline __attribute__((always_inline)) void tile(const uint8_t* codes, const int8_t* q, int64_t stride,
                                                            __m512i (*sums)[D], std::index_sequence<I...>) {
-        __m512i lines[B];
+        __m512i lines[B], uppers[B];
 #pragma GCC unroll 8
         for (int line = 0; line < B; ++line) {
             _mm_prefetch((const char*)codes + line * LINE + AHEAD, _MM_HINT_T0);
             lines[line] = _mm512_loadu_si512(codes + line * LINE);
             __asm__("" : "+v"(lines[line]));  // loaded once: else the load is folded into every AND
+            uppers[line] = _mm512_srli_epi16(lines[line], 4);
         }
         auto step = [&](auto number) __attribute__((always_inline)) {
-            constexpr Field f = Slots<B>::all.of[decltype(number)::value];
-            constexpr int slot = Slots<B>::of(decltype(number)::value);
-            __m512i field = lines[f.line];
-            if (f.width < 8) field = _mm512_and_si512(field, _mm512_set1_epi8((char)(((1 << f.width) - 1) << f.at)));
+            constexpr Field f = Slots<B, D>::all.of[decltype(number)::value];
+            constexpr int slot = Slots<B, D>::of(decltype(number)::value);
+            __m512i field = Slots<B, D>::upper(f) ? uppers[f.line] : lines[f.line];
+            if (f.width < 8)
+                field = _mm512_and_si512(field, _mm512_set1_epi8((char)(((1 << f.width) - 1) << Slots<B, D>::at(f))));
 #pragma GCC unroll 3
             for (int d = 0; d < D; ++d) {
                 int32_t quad;
@@ -125,15 +131,15 @@ struct Wide {
     static inline __attribute__((always_inline)) __m512i total(__m512i (*sums)[D], int d, std::index_sequence<S...>) {
         __m512i found = _mm512_setzero_si512();
         // Exact: every term of a slot is a multiple of two to its ratio.
-        ((found = _mm512_add_epi32(found, _mm512_srai_epi32(sums[S][d], Slots<B>::ratio((int)S)))), ...);
+        ((found = _mm512_add_epi32(found, _mm512_srai_epi32(sums[S][d], Slots<B, D>::ratio((int)S)))), ...);
         return found;
     }
     // KNOWN tiles, or as many as there are; starts of digits are `blocks` apart.
     template <int B, int KNOWN, int D>
     static inline __attribute__((always_inline)) void dot(const uint8_t* codes, const int8_t* q, int64_t stride,
                                                           int64_t tiles, const int32_t* start, int64_t blocks, F* out) {
-        constexpr int S = Slots<B>::count();
-        constexpr auto all = std::make_index_sequence<Slots<B>::all.count>{};
+        constexpr int S = Slots<B, D>::count();
+        constexpr auto all = std::make_index_sequence<Slots<B, D>::all.count>{};
         __m512i sums[S][D];
 #pragma GCC unroll 8
         for (int s = 0; s < S; ++s)  // slot 0 has ratio 0
@@ -164,21 +170,25 @@ struct Wide {
             quads[field.quad] = _mm512_or_si512(quads[field.quad], _mm512_slli_epi32(bits, field.low));
         }
     }
-    template <int T, int D>
+    // The sums of T tiles together, or of two APART: those of the second behind those of the first.
+    template <int T, int D, bool APART>
     static inline __attribute__((always_inline)) void dot_quads(const Quad* quads, const int8_t* q, int64_t stride,
                                                                 const int32_t* start, int64_t blocks, F* out) {
+        constexpr int step = APART ? 1 : 2, other = APART ? 8 : 1;
 #pragma GCC unroll 3
         for (int d = 0; d < D; ++d) {
-            __m512i even = _mm512_set1_epi32(start[d * blocks]), odd = _mm512_setzero_si512();
+            __m512i one = _mm512_set1_epi32(start[d * blocks]);
+            __m512i two = APART ? _mm512_set1_epi32(start[d * blocks + 1]) : _mm512_setzero_si512();
 #pragma GCC unroll 8
-            for (int quad = 0; quad < 8 * T; quad += 2) {
+            for (int quad = 0; quad < 4 * T * step; quad += step) {
                 int32_t a, b;
                 memcpy(&a, q + d * stride + 4 * quad, 4);
-                memcpy(&b, q + d * stride + 4 * quad + 4, 4);
-                even = _mm512_dpbusd_epi32(even, quads[quad], _mm512_set1_epi32(a));
-                odd = _mm512_dpbusd_epi32(odd, quads[quad + 1], _mm512_set1_epi32(b));
+                memcpy(&b, q + d * stride + 4 * (quad + other), 4);
+                one = _mm512_dpbusd_epi32(one, quads[quad], _mm512_set1_epi32(a));
+                two = _mm512_dpbusd_epi32(two, quads[quad + other], _mm512_set1_epi32(b));
             }
-            out[d] = _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
+            out[d] = _mm512_cvtepi32_ps(APART ? one : _mm512_add_epi32(one, two));
+            if (APART) out[D + d] = _mm512_cvtepi32_ps(two);
         }
     }
 };

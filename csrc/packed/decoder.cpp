@@ -35,7 +35,8 @@ bool follows(const Matrix& a, const Matrix& before) {
         a.plan->channels != before.plan->channels)
         return false;
     return a.shared == ROW || (a.plan->padded == before.plan->padded &&
-                               (a.shared == STORED || (a.plan->blocks == before.plan->blocks &&
+                               (a.shared == STORED || (a.plan->blocks[0] == before.plan->blocks[0] &&
+                                                       a.plan->blocks[1] == before.plan->blocks[1] &&
                                                        a.plan->groups == before.plan->groups)));
 }
 
@@ -91,8 +92,10 @@ void share_out(Decoder& d, Pieces& pieces) {
     int64_t inputs = s.hidden, padded = 0, blocks = 0, groups = 0;
     each_matrix(d, [&](const Matrix& a) {
         inputs = most(inputs, a.inputs);
-        if (a.plan) padded = most(padded, a.plan->padded), blocks = most(blocks, a.plan->blocks);
-        if (a.plan) groups = most(groups, a.plan->groups);
+        if (!a.plan) return;
+        padded = most(padded, a.plan->padded);
+        for (int64_t count : a.plan->blocks) blocks = most(blocks, count);
+        groups = most(groups, a.plan->groups);
     });
     for (float** piece : {&d.x, &d.normed}) pieces.take(*piece, m * s.hidden);
     for (float** piece : {&d.q, &d.mixed}) pieces.take(*piece, m * wide);

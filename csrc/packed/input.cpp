@@ -148,16 +148,17 @@ INLINE void three_digits(const float* x, float by, int64_t count, int8_t* q, int
 
 VERSIONS void round_row(const Plan& plan, const float* x, int64_t digits, const Digits& out) {
     const float highest = digits == 1 ? 127.0f : TOP_OF_THREE;
+    const int kind = kind_of(digits);
     for (int64_t i = 0; i < plan.count_segments; ++i) {
         const Segment& s = plan.segments[i];
         if (!s.group_tiles) continue;
         float* sums = out.sum + s.at_group;
         for (int64_t g = 0; g < s.groups; ++g) sums[g] = 0.0f;
         const int64_t padded = s.tiles * COLUMNS;
-        for (int64_t at = 0, b = s.at_block; at < padded; at += s.block, ++b) {
+        for (int64_t at = 0, b = s.at_block[kind]; at < padded; at += s.block[kind], ++b) {
             const float* from = x + s.at_column + at;
             int8_t* to = out.q + s.at_column + at;
-            const int64_t count = least(s.block, padded - at);
+            const int64_t count = least(s.block[kind], padded - at);
             const float top = largest(from, count);
             const bool some = top >= LEAST;
             int32_t total[3] = {0, 0, 0};
@@ -168,7 +169,7 @@ VERSIONS void round_row(const Plan& plan, const float* x, int64_t digits, const 
             else
                 three_digits(from, highest / top, count, to, plan.padded, total);
             out.scale[b] = some ? top / highest : top == top ? 0.0f : NAN;
-            for (int64_t d = 0; d < digits; ++d) out.start[d * plan.blocks + b] = -total[d] * (1 << (s.bits - 1));
+            for (int64_t d = 0; d < digits; ++d) out.start[d * plan.blocks[kind] + b] = -total[d] * (1 << (s.bits - 1));
             const int64_t group = s.groups == 1 ? 0 : at / s.group_size;
             const int32_t whole = digits == 1 ? total[0] : (total[0] * 256 + total[1]) * 256 + total[2];
             sums[group] = sums[group] + out.scale[b] * (float)whole;

@@ -12,7 +12,7 @@
 namespace bitfloor {
 
 // To be raised with every change of a signature or of a value; ABI in ops/packed_native.py must follow.
-static const int64_t PACKED_ABI = 2;
+static const int64_t PACKED_ABI = 3;
 
 static const int64_t HEADER = 7, EACH = 6;         // numbers of a form: of the matrix, and of every segment
 static const int64_t SMALL = 64 << 10;             // bytes of codes that are not worth a thread
@@ -30,10 +30,13 @@ const Kernels* kernels(int64_t level) {
 
 static bool is_width(int64_t bits) { return bits >= 1 && bits <= 8 && bits != 7; }
 
-static int64_t activation_block(int64_t group_size, bool one) {
+static int64_t whole_block(int64_t group_size, bool one) {
     if (one || group_size % 128 == 0) return 128;
     return group_size % 64 == 0 ? 64 : 32;
 }
+
+// What is rounded to int8 has smaller blocks where codes are wide: there it is the larger part of the error.
+static int64_t int8_block(int64_t bits) { return bits == 1 ? 128 : bits < 4 ? 64 : 32; }
 
 static bool read_segment(const int64_t* from, Segment& s) {
     s.columns = from[0], s.bits = from[1], s.group_size = from[2];
@@ -45,7 +48,8 @@ static bool read_segment(const int64_t* from, Segment& s) {
     const bool one = s.group_size >= s.columns;
     s.groups = one ? 1 : up(s.columns, s.group_size);
     s.group_tiles = one ? s.tiles : s.group_size % COLUMNS ? 0 : s.group_size / COLUMNS;
-    s.block = activation_block(s.group_size, one);
+    s.block[1] = whole_block(s.group_size, one);
+    s.block[0] = least(s.block[1], int8_block(s.bits));
     return true;
 }
 
@@ -82,9 +86,13 @@ PUBLIC int64_t bitfloor_packed_plan(const int64_t* form, int64_t count, void* ou
         Segment s = {};
         if (!read_segment(form + HEADER + EACH * i, s)) return 0;
         s.at_column = plan.padded, s.at_code = plan.code_bytes, s.at_group = plan.groups, s.at_zero = plan.zero_bytes;
-        s.at_offset = plan.offset_groups, s.at_block = plan.blocks, s.at_channel = 0;
+        s.at_offset = plan.offset_groups, s.at_channel = 0;
+        for (int kind = 0; kind < 2; ++kind) {
+            s.at_block[kind] = plan.blocks[kind];
+            plan.blocks[kind] += up(s.columns, s.block[kind]);
+        }
         plan.stored += s.columns, plan.padded += s.tiles * COLUMNS, plan.code_bytes += s.tiles * LINE * s.bits;
-        plan.groups += s.groups, plan.blocks += up(s.columns, s.block);
+        plan.groups += s.groups;
         if (s.zero_form == PACKED) plan.zero_bytes += 2 * s.bits * s.groups;
         if (s.zero_form == OFFSET) plan.offset_groups += s.groups;
         if (plan.stored > MOST) return 0;
@@ -147,7 +155,7 @@ PUBLIC int64_t bitfloor_packed_product(const Plan* plan, const void* const* part
     job.parts.codes = static_cast<const uint8_t*>(parts[0]), job.parts.scale = static_cast<const uint16_t*>(parts[1]);
     job.parts.zero = static_cast<const uint8_t*>(parts[2]), job.parts.offset = static_cast<const uint16_t*>(parts[3]);
     call.run = kernels(level)->product;
-    const int64_t blocks = plan->blocks, padded = job.digits * plan->padded;
+    const int64_t blocks = plan->blocks[kind_of(job.digits)], padded = job.digits * plan->padded;
     const int64_t numbers = (1 + job.digits) * blocks + plan->groups;  // of 32 bits, of a row
     float* q_scale = static_cast<float*>(scratch(m * (4 * numbers + padded), 1));
     if (!q_scale) return NO_MEMORY;

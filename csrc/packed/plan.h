@@ -34,25 +34,28 @@ struct Segment {
     int64_t columns, bits, group_size, zero_form, constant, scaled;  // as given; the constant in halves
     int64_t tiles, groups;
     int64_t group_tiles;   // tiles of a group; 0 where groups do not end with tiles
-    int64_t block;         // columns that share a scale of the int8 activations
+    int64_t block[2];      // columns that share a scale of x in digits, see kind_of
     int64_t at_column;     // first padded column
     int64_t at_code;       // byte in a row block
     int64_t at_group;      // in a row block
     int64_t at_zero;       // byte in a row block
     int64_t at_offset;     // in a row block
     int64_t at_channel;    // in channel_scale
-    int64_t at_block;      // first block of int8 activations
+    int64_t at_block[2];   // first block of x in digits
 };
 
 struct Plan {
     int64_t rows, inputs, unit, count, rotation, channels, scale_type;  // as given; unit 0 for natural order
-    int64_t row_blocks, stored, padded, code_bytes, groups, zero_bytes, offset_groups, blocks;
+    int64_t row_blocks, stored, padded, code_bytes, groups, zero_bytes, offset_groups, blocks[2];
     int64_t count_segments;
     Segment segments[1];  // and more behind it
 };
 
 inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Which blocks: 0 for one digit, which int8 activations are, 1 for three.
+constexpr int kind_of(int64_t digits) { return digits > 1; }
 
 // The tensors of a matrix, each contiguous, of the shapes that its plan implies.
 struct Parts {

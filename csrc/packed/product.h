@@ -90,11 +90,26 @@ struct Product {
 
     // -- digits --------------------------------------------------------------------------------------------------------
 
-    static F scaled_digits(const Job& job, int64_t block, int digits, const F* sums) {
+    // `before` and the sums of digits of a block.
+    static F scaled_digits(const Job& job, int64_t block, int digits, const F* sums, F before) {
+        if (digits == 1) return V::fma(sums[0], V::set(job.q_scale[block]), before);
         F found = V::mul(sums[0], V::set(job.q_scale[block] * DIGIT[digits - 1]));
         for (int d = 1; d < digits; ++d)
             found = V::fma(sums[d], V::set(job.q_scale[block] * DIGIT[digits - 1 - d]), found);
-        return found;
+        return V::add(before, found);
+    }
+    // Whole blocks are known when this is compiled, where that is worth it.
+    template <int B, int D>
+    static inline __attribute__((always_inline)) void dot(const uint8_t* codes, const int8_t* q, int64_t stride, int64_t tiles,
+                                                          const int32_t* start, int64_t blocks, F* out) {
+        if (V::BLOCKED && B == 1 && tiles == 4)
+            V::template dot<B, 4, D>(codes, q, stride, 4, start, blocks, out);
+        else if (V::BLOCKED && D == 1 && tiles == 2)
+            V::template dot<B, 2, D>(codes, q, stride, 2, start, blocks, out);
+        else if (V::BLOCKED && tiles == 1)
+            V::template dot<B, 1, D>(codes, q, stride, 1, start, blocks, out);
+        else
+            V::template dot<B, 0, D>(codes, q, stride, tiles, start, blocks, out);
     }
 
     // The y of m rows of x, kept in registers where there is one.
@@ -102,24 +117,20 @@ struct Product {
     static inline __attribute__((always_inline)) void integers(const Job& job, const Segment& s, int64_t rb, F* y) {
         const Plan& plan = *job.plan;
         const uint8_t* codes = job.parts.codes + rb * plan.code_bytes + s.at_code;
-        const int64_t per = s.block / COLUMNS, rows = M ? M : job.m;  // tiles of a block of x
+        constexpr int KIND = kind_of(D);
+        const int64_t per = s.block[KIND] / COLUMNS, blocks = plan.blocks[KIND], rows = M ? M : job.m;  // tiles of a block of x
         for (int64_t group = 0; group < s.groups; ++group) {
             const int64_t begin = group * s.group_tiles, end = least(s.tiles, begin + s.group_tiles);
             const F by = scale(job, s, rb, group), add = shift<B>(job, s, rb, group, by, (float)(1 << (B - 1)));
             for (int64_t m = 0; m < rows; ++m) {
                 F sum = V::zero();
                 for (int64_t t = begin; t < end; t += per) {
-                    const int64_t block = s.at_block + t / per, tiles = least(per, end - t);
+                    const int64_t block = s.at_block[KIND] + t / per, tiles = least(per, end - t);
                     const uint8_t* from = codes + t * LINE * B;
                     const int8_t* q = job.q + m * D * plan.padded + s.at_column + t * COLUMNS;
-                    const int32_t* start = job.q_start + m * D * plan.blocks + block;
                     F whole[D];
-                    if (tiles == 4)
-                        V::template dot<B, 4, D>(from, q, plan.padded, 4, start, plan.blocks, whole);
-                    else
-                        V::template dot<B, 0, D>(from, q, plan.padded, tiles, start, plan.blocks, whole);
-                    const F found = scaled_digits(job, m * plan.blocks + block, D, whole);
-                    sum = V::add(sum, found);
+                    dot<B, D>(from, q, plan.padded, tiles, job.q_start + m * D * blocks + block, blocks, whole);
+                    sum = scaled_digits(job, m * blocks + block, D, whole, sum);
                 }
                 const F all = V::set(job.q_sum[m * plan.groups + s.at_group + group]);
                 y[m] = V::fma(by, sum, V::fma(add, all, y[m]));
@@ -142,20 +153,23 @@ struct Product {
 
     // -- many rows: tiles are decoded once for all of them ---------------------------------------------------------------
 
-    // T tiles from column `at` on, in one block of x. `start`, or nothing: the block begins with these tiles, or before.
-    template <int B, int D, int T>
+    // T tiles from column `at` on, in one block of x, or two in a block each (APART). `start`, or nothing: the block begins
+    // with these tiles, or before.
+    template <int B, int D, int T, bool APART>
     static inline __attribute__((always_inline)) void tiles_of_many(const Job& job, const uint8_t* codes, int64_t at,
                                                                     int64_t block, bool start, F by, float* y) {
         static const int32_t nothing[3] = {0, 0, 0};
         const Plan& plan = *job.plan;
+        const int64_t blocks = plan.blocks[kind_of(D)];
         typename V::Quad quads[8 * T];
         for (int t = 0; t < T; ++t) V::template decoded<B>(codes + t * LINE * B, quads + 8 * t);
         for (int64_t m = 0; m < job.m; ++m) {
-            F whole[D];
-            V::template dot_quads<T, D>(quads, job.q + m * D * plan.padded + at, plan.padded,
-                                        start ? job.q_start + m * D * plan.blocks + block : nothing,
-                                        start ? plan.blocks : 1, whole);
-            const F found = scaled_digits(job, m * plan.blocks + block, D, whole);
+            F whole[2 * D];
+            V::template dot_quads<T, D, APART>(quads, job.q + m * D * plan.padded + at, plan.padded,
+                                               start ? job.q_start + m * D * blocks + block : nothing, start ? blocks : 1,
+                                               whole);
+            F found = scaled_digits(job, m * blocks + block, D, whole, V::zero());
+            if (APART) found = scaled_digits(job, m * blocks + block + 1, D, whole + D, found);
             V::store(y + m * ROWS, V::fma(by, found, V::load(y + m * ROWS, ROWS)), ROWS);
         }
     }
@@ -163,18 +177,21 @@ struct Product {
     static void blocked(const Job& job, const Segment& s, int64_t rb, float* y) {
         const Plan& plan = *job.plan;
         const uint8_t* codes = job.parts.codes + rb * plan.code_bytes + s.at_code;
-        const int64_t per = s.block / COLUMNS;
+        constexpr int KIND = kind_of(D);
+        const int64_t per = s.block[KIND] / COLUMNS;
         for (int64_t group = 0; group < s.groups; ++group) {
             const int64_t begin = group * s.group_tiles, end = least(s.tiles, begin + s.group_tiles);
             const F by = scale(job, s, rb, group), add = shift<B>(job, s, rb, group, by, (float)(1 << (B - 1)));
             for (int64_t t = begin; t < end;) {
-                const int64_t block = s.at_block + t / per, left = least(per - t % per, end - t), step = left > 1 ? 2 : 1;
-                const int64_t at = s.at_column + t * COLUMNS;
-                if (step == 2)
-                    tiles_of_many<B, D, 2>(job, codes + t * LINE * B, at, block, t % per == 0, by, y);
+                const int64_t block = s.at_block[KIND] + t / per, left = least(per - t % per, end - t);
+                const int64_t at = s.at_column + t * COLUMNS, step = least(2, end - t);
+                if (step == 2 && left > 1)
+                    tiles_of_many<B, D, 2, false>(job, codes + t * LINE * B, at, block, t % per == 0, by, y);
+                else if (step == 2 && per == 1)
+                    tiles_of_many<B, D, 2, true>(job, codes + t * LINE * B, at, block, true, by, y);
                 else
-                    tiles_of_many<B, D, 1>(job, codes + t * LINE * B, at, block, t % per == 0, by, y);
-                t += step;
+                    tiles_of_many<B, D, 1, false>(job, codes + t * LINE * B, at, block, t % per == 0, by, y);
+                t += left > 1 || per == 1 ? step : 1;
             }
             for (int64_t m = 0; m < job.m; ++m) {
                 const F all = V::set(job.q_sum[m * plan.groups + s.at_group + group]);
@@ -193,8 +210,9 @@ struct Product {
     static Job rows_of(const Job& job, int64_t at, int64_t count) {
         const Plan& plan = *job.plan;
         Job found = job;
+        const int64_t blocks = plan.blocks[kind_of(job.digits)];
         found.m = count, found.x += at * plan.padded, found.y += at * plan.rows, found.q += at * job.digits * plan.padded;
-        found.q_scale += at * plan.blocks, found.q_start += at * job.digits * plan.blocks, found.q_sum += at * plan.groups;
+        found.q_scale += at * blocks, found.q_start += at * job.digits * blocks, found.q_sum += at * plan.groups;
         return found;
     }
 

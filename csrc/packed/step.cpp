@@ -40,10 +40,11 @@ void prepare(const Run& run, const Matrix& a, const float* x, const Prepared& ow
             store_row(plan, a.index, a.parts.channel_scale, turned ? row : x + i * plan.inputs, own.stored + i * plan.padded);
         }
         const Digits& to = own.digits;
+        const int64_t blocks = plan.blocks[kind_of(run.digits)];
         if (a.shared < ROUNDED)
             round_row(plan, own.x + i * plan.padded, run.digits,
-                      {to.q + i * run.digits * plan.padded, to.scale + i * plan.blocks,
-                       to.start + i * run.digits * plan.blocks, to.sum + i * plan.groups});
+                      {to.q + i * run.digits * plan.padded, to.scale + i * blocks,
+                       to.start + i * run.digits * blocks, to.sum + i * plan.groups});
     }
 }
 

@@ -11,7 +11,6 @@ namespace bitfloor {
 // Bits low ... low + width - 1 of the codes of `quad` stand at bit `at` of every byte of `line`.
 struct Field {
     int line, quad, low, width, at;
-    constexpr int ratio() const { return at - low; }  // in place, a field counts 2^ratio times
 };
 
 struct Fields {

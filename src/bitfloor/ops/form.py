@@ -55,11 +55,13 @@ class SegmentForm:
     def activation_block(self) -> int:
         """Columns that share a scale when activations are rounded to int8; 0 where they are not.
 
+        Few where codes are wide: rounding activations is the larger part of the error there (docs/decisions/0018).
         Groups that do not end with a tile are not worth a kernel, and stay float.
         """
-        if self.groups == 1 or self.group_size % 128 == 0:
-            return 128
-        return next((block for block in (64, 32) if self.group_size % block == 0), 0)
+        most = 128 if self.bits == 1 else 64 if self.bits < 4 else 32
+        if self.groups == 1:
+            return most
+        return next((block for block in (128, 64, 32) if block <= most and self.group_size % block == 0), 0)
 
 
 @dataclass(frozen=True)

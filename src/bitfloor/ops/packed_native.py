@@ -28,7 +28,7 @@ ARM = ("aarch64", "arm64")
 # Instruction sets, from none on: what a processor of this kind may have.
 LEVELS = ("portable", "neon", "dotprod") if machine().lower() in ARM else ("portable", "avx2", "avx512")
 FOLDER = Path(__file__).resolve().parent
-ABI = 2  # of csrc/packed/interface.cpp: raised with every change of a signature or of a value
+ABI = 3  # of csrc/packed/interface.cpp: raised with every change of a signature or of a value
 MOST_ROWS = 8  # rows of x that one product takes
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 

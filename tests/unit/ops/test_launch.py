@@ -81,8 +81,17 @@ def test_units_cover_the_stored_columns() -> None:
         units = launch.units(known, int8)
         assert sum(unit[2] for unit in units) == 5096
         assert all(0 < unit[2] <= 128 for unit in units)
-        assert {unit[4] for unit in units} == ({4} if int8 else {1})
+        assert list(dict.fromkeys(unit[4] for unit in units)) == ([1, 4, 2] if int8 else [1])
     assert [unit[3] for unit in launch.units(known, False)][7:9] == [0, 128]
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "block"),
+    [(1, 128, 128), (1, 64, 64), (1, 400, 128), (2, 128, 64), (3, 64, 64), (3, 96, 32), (3, 400, 64), (4, 128, 32)]
+    + [(4, 400, 32), (5, 32, 32), (8, 64, 32), (8, 48, 0), (2, 16, 0)],
+)
+def test_wide_codes_have_small_blocks_of_activations(bits: int, group_size: int, block: int) -> None:
+    assert form(16, 400, bits, group_size).segments[0].activation_block == block
 
 
 def test_groups_and_tiles() -> None:

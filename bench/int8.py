@@ -3,8 +3,8 @@
     python bench/int8.py --model DIR --work DIR [--data DIR] rtn-w4g64 rtn-w4g64,spec.group_size=128 bitfloor-fast-w2g64
 
 The model is quantized with each preset as shipped, or with what is said behind it, embedding and head packed at 8 bits.
-It is scored twice by the same windows of the yardstick: with float activations, and with int8 in every packed product, head
-included.
+It is scored twice by the same windows of the yardstick: with float activations, and with int8 in every packed product,
+head included.
 """
 
 from __future__ import annotations

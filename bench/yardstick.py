@@ -47,6 +47,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--embedding-bits", type=int, choices=(16, 8, 6, 5, 4), default=16)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; repeatable")
     parser.add_argument("--force", action="store_true", help="measure again what is fresh")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where a quantization was cut off; its cost is added up"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the quantized models in the work folder")
     parser.add_argument(
         "--calibration", metavar="SPEC", help="calibrate on another text; the yardstick's is the default"
@@ -163,16 +166,17 @@ def score(model: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def quantize(preset: str, out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Quantize as a user would, from the beginning; sizes and cost."""
+    """Quantize as a user would, from the beginning unless told to go on; sizes and cost."""
     text = record.data_file(args.data, CALIBRATION)
-    if out.exists():
+    log = out.with_name(f"{out.name}.cost") if args.resume else None
+    if out.exists() and log is None:
         shutil.rmtree(out)
     # The text is named relative to its folder: the path is part of the recipe, and of its hash.
     line = ["quantize", args.model.resolve(), "--out", out.resolve(), "--recipe", preset]
     # Not --calib, which a method that reads no text refuses.
     line += [f"calibration.text={args.calibration or text.name}"]
     spent = cost.measure(
-        cost.bitfloor_command(*line, *overrides_of(args)), cwd=text.parent, env=cost.source_environment()
+        cost.bitfloor_command(*line, *overrides_of(args)), log, cwd=text.parent, env=cost.source_environment()
     )
     report = json.loads((out / "bitfloor.json").read_text("utf-8"))
     sizes = {key: report[key] for key in ("bits_per_linear_weight", "bits_per_parameter", "bytes", "parameters")}
@@ -250,6 +254,7 @@ def measure_preset(preset: str, args: argparse.Namespace) -> None:
     record.write_result(path, content)
     if not args.keep:
         shutil.rmtree(out)
+        shutil.rmtree(out.with_name(f"{out.name}.cost"), ignore_errors=True)
 
 
 def say(text: str) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +215,25 @@ def test_peak_memory_is_the_childs_own() -> None:
 def test_a_failing_program_is_reported() -> None:
     with pytest.raises(SystemExit, match="it went wrong"):
         cost.measure([sys.executable, "-S", "-c", "raise SystemExit('it went wrong')"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_command_that_was_cut_off_costs_what_both_runs_cost(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    endless = [sys.executable, "-S", "-c", "while True: pass"]
+    with subprocess.Popen([sys.executable, "-S", cost.__file__, "--log", log / "0.json", *endless]) as between:
+        try:
+            deadline = time.monotonic() + 60
+            while not (log / "0.json").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            first = json.loads((log / "0.json").read_text())
+        finally:
+            children = Path(f"/proc/{between.pid}/task/{between.pid}/children").read_text().split()
+            between.kill()
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)
+    whole = cost.measure([sys.executable, "-S", "-c", "sum(range(1 << 22))"], log)
+    assert first["returncode"] is None and whole["returncode"] == 0 and whole["runs"] == 2
+    assert whole["cpu_seconds"] >= first["cpu_seconds"] + 0.01
+    assert whole["peak_rss_bytes"] >= first["peak_rss_bytes"] > 1 << 20
+    assert cost.measure([sys.executable, "-S", "-c", "pass"], tmp_path / "other")["runs"] == 1

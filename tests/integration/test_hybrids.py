@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import torch
 from pico import HYBRIDS, pico_config
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from bitfloor import api
-from bitfloor.core.errors import InputError
+from bitfloor.core.errors import BitfloorError, InputError
 from bitfloor.modeling.discover import describe
 from bitfloor.modeling.skeleton import build_skeleton
 from bitfloor.runtime.linear import cache_weights
@@ -60,3 +62,20 @@ def test_a_convolution_that_mixes_channels_is_refused() -> None:
     model.model.layers[0].conv.conv.groups = 1
     with pytest.raises(InputError, match=r"layers.0.conv.conv.weight has shape .* belongs to Conv1d"):
         describe(model)
+
+
+def test_a_weight_that_is_read_is_kept_as_the_refusal_says(
+    pico: Callable[..., Path], recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(x @ self.gate_proj.weight.t()) * self.up_proj(x))
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    with pytest.raises(BitfloorError, match=r"reads the weight of \S*gate_proj itself") as refused:
+        api.quantize(pico("llama"), tmp_path / "out", recipe("gptq", 3))
+    rule = re.search(r"the rule (\{.*\}) under layers", str(refused.value))
+    assert rule is not None
+    api.quantize(
+        pico("llama"), tmp_path / "out", recipe("gptq", 3), overrides=[f"layers=[{rule.group(1)}]"], resume=False
+    )
+    assert bool(api.load(tmp_path / "out")(input_ids=IDS, use_cache=False).logits.isfinite().all())

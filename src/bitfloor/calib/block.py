@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,6 @@ from bitfloor.calib.capture import Call
 from bitfloor.calib.watch import Watcher, same_input_key
 from bitfloor.core.errors import BitfloorError
 from bitfloor.core.heap import trim_heap
-from bitfloor.core.linalg import all_finite
 from bitfloor.core.spec import MatrixRef
 
 Groups = list[tuple[str, ...]]
@@ -49,6 +47,7 @@ class BlockRunner:
         products: torch.dtype = torch.float32,
     ) -> None:
         self.module = module
+        self.prefix = prefix
         self.products = products
         self.names = [ref.name for ref in refs]
         self._refs = {ref.name: ref for ref in refs}
@@ -191,23 +190,10 @@ class BlockRunner:
                 self._look(x, batch, pair, wanted, replaced)
         trim_heap()
 
-    def check_called(self, names: Iterable[str], x: Tensor, batch: int = 0) -> None:
-        """Refuse a linear layer whose weight is read without a call: packed, it has none. Unused ones are let be.
-
-        Raises:
-            BitfloorError: naming the matrix.
-        """
-        linears = [n for n in names if self.ref(n).kind != "expert"]
-        watcher = Watcher(self.module, [(self._local[n], self._refs[n]) for n in linears], lambda *_: None)
-        with torch.no_grad(), watcher.running({}):
-            self._run(x, batch, {})
-        for name in (n for n in linears if not watcher.counts[n]):
-            spoiled = torch.full(self._refs[name].shape, math.nan, device=x.device)
-            if not all_finite(self.forward(x, batch, {name: spoiled}).detach()):
-                raise BitfloorError(
-                    f"{name} is used without being called: a {type(self.module).__name__} reads its weight, which a "
-                    f"packed matrix does not have; keep it, by a rule {{match: {name}, keep: true}} of layers."
-                )
+    def owner(self, name: str) -> nn.Module:
+        """The module that has the parameter of a matrix."""
+        self.ref(name)
+        return self.module.get_submodule(self._local[name].rpartition(".")[0])
 
     def _look(
         self, x: Tensor, batch: int, fn: Callable[[str, Tensor], None], wanted: set[str], replaced: Mapping[str, Tensor]
@@ -236,7 +222,8 @@ class BlockRunner:
             groups of public names in execution order; experts that saw no token come last, grouped as the others are.
         """
         groups: dict[tuple[Any, ...], list[str]] = {}
-        alive, seen = list[Tensor](), set[str]()
+        alive: list[Tensor] = []
+        seen: set[str] = set()
 
         def note(name: str, x: Tensor) -> None:
             if name not in seen:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfloor.calib.block import BlockRunner
+from bitfloor.calib.called import check_called
 from bitfloor.calib.capture import Call, capture
 from bitfloor.calib.streams import Stream
 from bitfloor.core.bit_plan import order_text
@@ -177,9 +178,7 @@ class Run:
         try:
             inputs: Batches = self._quantized if self._quantized is not None else ()
             if self._quantized is not None:
-                runner.check_called(self.assignment.of_block(k), self._quantized[0])
-            if self._quantized is not None:
-                runner.check_called(self.assignment.of_block(k), self._quantized[0])
+                check_called(runner, self.assignment.of_block(k), self._quantized[0])
             specs, searched = self._allocated(runner, inputs, self.assignment.of_block(k))
             exact, targets = self._float_sides(runner)
             result = self.job.method.quantize_block(runner, inputs, specs, exact, targets)

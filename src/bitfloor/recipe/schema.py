@@ -119,6 +119,8 @@ class Recipe(Part):
             for key in ("tables", "sort", "stored"):
                 if not getattr(self.allocation, key):
                     del found["allocation"][key]
+        if self.restore is not None and self.restore.mode is None:
+            del found["restore"]["mode"]
         if self.tune is not None and not self.tune.head:
             del found["tune"]["head"]
         return found

@@ -286,27 +286,6 @@ def test_a_matrix_used_twice_is_seen_twice() -> None:
         assert torch.equal(first, x[0]) and torch.equal(second, runner.module.a(x)[0])
 
 
-class Reads(nn.Module):
-    """A block that multiplies by the weight of one linear layer itself, and has another that it never uses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.called, self.read, self.idle = (nn.Linear(4, 4, bias=False) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.called(x) @ self.read.weight.t()
-
-
-def test_a_weight_that_is_read_without_a_call_is_refused_and_one_that_is_not_used_is_let_be() -> None:
-    names = ["b.called", "b.read", "b.idle"]
-    refs = [MatrixRef(name, f"{name}.weight", (4, 4), 0, "linear") for name in names]
-    runner = BlockRunner(Reads(), "b", refs, [Call((None,), {}, 0)])
-    x = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(2))
-    runner.check_called(["b.called", "b.idle"], x)
-    with pytest.raises(BitfloorError, match=r"b\.read is used without being called: a Reads .*match: b\.read, keep"):
-        runner.check_called(names, x)
-
-
 def test_experts_that_cannot_be_seen_are_said_to_be() -> None:
     refs = [MatrixRef(f"b.experts.{e}", "b.experts", (4, 4), 0, "expert", e) for e in range(2)]
     runner = BlockRunner(Twice(), "b", refs, [Call((None,), {}, 0)])

@@ -1,4 +1,4 @@
-"""Hashes of recipes as they were: results, plans and unfinished runs name them and outlive the version that made them."""
+"""Hashes of recipes as they were: results, plans and unfinished runs name them and outlive the version they are of."""
 
 from __future__ import annotations
 

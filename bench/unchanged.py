@@ -1,10 +1,10 @@
 """Show that newer code gives the same bytes as the code a result was measured with, so that the result still stands.
 
-    python bench/unchanged.py OLD_COMMIT --model DIR --work DIR [--data DIR] [--layers 3] [--sequences 16]
+    python bench/unchanged.py OLD_COMMIT --model DIR --work DIR [--data DIR] [--layers 3] [--sequences 16] [--only GLOB]
 
 A change for a new method touches files that old results depend on, and measuring them all again takes a day. For every
 result that is stale now and was fresh at ``OLD_COMMIT``, its recipe is run by both versions of the code, as the command
-line program, on the first layers of the yardstick model, a part of its text and few steps. If every file of tensors is
+line program, on the first layers of the yardstick model, a part of its text and few steps. If every tensor of the files is
 the same to the byte, and a score of the two is the same to the last bit, the pair of code hashes goes into
 ``bench/results/unchanged.json``, and ``record.stale`` takes one for the other. Recipes that differ in nothing but what
 is overridden away are run once.
@@ -15,11 +15,13 @@ What this does not show: that code which only the later layers or the rest of th
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--only", default="*", metavar="GLOB", help="results by name")
     return parser.parse_args(argv)
 
 
@@ -122,7 +125,7 @@ def shortened(recipe: dict[str, Any]) -> list[str]:
 
 
 def made_by(tree: Path, line: Sequence[Any], out: Path, text: Path) -> dict[str, Any]:
-    """Hashes of what one version of the code writes, and its score on the text."""
+    """Hash of the tensors that one version of the code writes, and their score on the text."""
     shutil.rmtree(out, ignore_errors=True)
     environment = cost.source_environment()
     environment["PYTHONPATH"] = str(tree / "src")
@@ -130,8 +133,24 @@ def made_by(tree: Path, line: Sequence[Any], out: Path, text: Path) -> dict[str,
     command = [sys.executable, "-c", SCORE, str(out), str(text)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     score = json.loads(done.stdout.splitlines()[-1])["perplexity"][0]["value"]
-    files = {path.name: record.file_sha256(path) for path in sorted(out.glob("*.safetensors"))}
-    return {"files": files, "score": score}
+    return {"tensors": tensors_sha256(out), "score": score}
+
+
+def tensors_sha256(folder: Path) -> str:
+    """Hash of names, types, shapes and bytes of all tensors; what files say beside them may be of another version."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            start = file.tell()
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                first, last = entry["data_offsets"]
+                file.seek(start + first)
+                content = hashlib.sha256(file.read(last - first)).hexdigest()
+                found[name] = [entry["dtype"], entry["shape"], content]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seen: dict[str, tuple[Any, Any]] = {}
     changed = 0
     for result in candidates(args.results, tree / "src" / "bitfloor"):
+        if not fnmatchcase(result["name"], args.only):
+            continue
         code, recipe = result["code"], result["recipe"]
         now = record.code_sha256(code["parts"])
         lines = []

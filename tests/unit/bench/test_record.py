@@ -14,6 +14,9 @@ from typing import Any
 import cost
 import pytest
 import record
+import torch
+import unchanged
+from safetensors.torch import save_file
 
 SOURCE = '''"""Rounds."""
 
@@ -237,3 +240,17 @@ def test_a_command_that_was_cut_off_costs_what_both_runs_cost(tmp_path: Path) ->
     assert whole["cpu_seconds"] >= first["cpu_seconds"] + 0.01
     assert whole["peak_rss_bytes"] >= first["peak_rss_bytes"] > 1 << 20
     assert cost.measure([sys.executable, "-S", "-c", "pass"], tmp_path / "other")["runs"] == 1
+
+
+def test_tensors_are_compared_and_not_what_is_said_beside_them(tmp_path: Path) -> None:
+    one, two = torch.arange(6.0).view(2, 3), torch.arange(4, dtype=torch.uint8)
+
+    def hashed(name: str, tensors: dict[str, torch.Tensor], **metadata: str) -> str:
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata=metadata)
+        return unchanged.tensors_sha256(tmp_path / name)
+
+    first = hashed("a", {"one": one, "two": two})
+    assert hashed("b", {"two": two, "one": one}, format="pt", version="1") == first
+    others = [{"one": one}, {"one": one + 1, "two": two}, {"one": one.view(3, 2), "two": two}, {"one": one, "tow": two}]
+    assert len({first, *(hashed(f"c{i}", tensors) for i, tensors in enumerate(others))}) == 5

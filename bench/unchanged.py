@@ -1,6 +1,6 @@
 """Show that newer code gives the same bytes as the code a result was measured with, so that the result still stands.
 
-    python bench/unchanged.py OLD_COMMIT --model DIR --work DIR [--data DIR] [--layers 3] [--sequences 16] [--only GLOB]
+    python bench/unchanged.py OLD_COMMIT --model DIR --work DIR [--data DIR] [--layers 3] [--only GLOB]
 
 A change for a new method touches files that old results depend on, and measuring them all again takes a day. For every
 result that is stale now and was fresh at ``OLD_COMMIT``, its recipe is run by both versions of the code, as the command

@@ -4,8 +4,8 @@
 
 A change for a new method touches files that old results depend on, and measuring them all again takes a day. For every
 result that is stale now and was fresh at ``OLD_COMMIT``, its recipe is run by both versions of the code, as the command
-line program, on the first layers of the yardstick model, a part of its text and few steps. If every tensor of the files is
-the same to the byte, and a score of the two is the same to the last bit, the pair of code hashes goes into
+line program, on the first layers of the yardstick model, a part of its text and few steps. If every tensor of the files
+is the same to the byte, and a score of the two is the same to the last bit, the pair of code hashes goes into
 ``bench/results/unchanged.json``, and ``record.stale`` takes one for the other. Recipes that differ in nothing but what
 is overridden away are run once.
 

@@ -12,7 +12,7 @@
 //
 // V has: F (16 floats, one a row) with zero, set, load, store, mul, fma, add, sub; halves, bfloats and zeros as F;
 // dot<B, tiles or 0, digits>(); and BLOCKED, with it Quad (columns 4q to 4q + 3 of 16 rows), decoded<B>() and
-// dot_quads<tiles, digits, apart>().
+// dot_quads<tiles, digits>().
 
 #ifndef BITFLOOR_PACKED_PRODUCT_H
 #define BITFLOOR_PACKED_PRODUCT_H

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bitfloor import api
+from bitfloor.cli.main import main
 from bitfloor.core.bit_plan import read_plan
 from bitfloor.core.errors import InputError
 from bitfloor.pipeline.events import Event
@@ -185,3 +187,17 @@ def test_a_bit_plan_alone_is_the_plan_of_the_run(pico: Any, small: dict[str, Any
         api.allocate(pico("llama"), tmp_path / "nowhere" / "plan.json", recipe)
     with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
         api.allocate(pico("llama"), tmp_path / "other.json", recipe)
+
+
+def test_the_command_that_allocate_names_replays_the_plan(
+    pico: Any, texts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--recipe", "slim-llm-w2g64", "--calib", texts.calibration, "spec.group_size=16", "bits=2"]
+    options += ["calibration.sequences=4", "calibration.seqlen=32", "calibration.batch_size=2"]
+    assert main(["allocate", str(pico("llama")), "--out", str(tmp_path / "my plan.json"), *options]) == 0
+    said = capsys.readouterr().err
+    words = shlex.split(said[said.index("next: ") :].splitlines()[0].removeprefix("next: bitfloor "))
+    words[words.index("DIR")] = str(tmp_path / "out")
+    assert main(words) == 0, capsys.readouterr().err
+    stored = {read_plan(path).sha256() for path in (tmp_path / "my plan.json", tmp_path / "out" / "plan.json")}
+    assert len(stored) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -48,4 +49,6 @@ def allocate(
     if "gap" in plan.summary:
         facts.append(("at most to gain", f"{100 * plan.summary['gap']:.3f}%"))
     display(pairs(facts))
-    print_note(f"\nwrote {out}; next: bitfloor quantize {model} ... allocation.plan={out}")
+    text = ["--calib", calibration] if calibration else []
+    own = [str(model), "--out", "DIR", "--recipe", str(recipe), *text, *(overrides or ()), f"allocation.plan={out}"]
+    print_note(f"\nwrote {out}; next: {shlex.join(['bitfloor', 'quantize', *own])}")

@@ -58,7 +58,7 @@ def bench(
 
 
 def _show_model(found: dict[str, Any]) -> None:
-    headings = ["", "weights", "prefill", "decode", "bytes/token", "GB/s", "of plain read", "decode, of half"]
+    headings = ["", "weights", "prefill", "decode", "bytes/token", "GB/s", "of plain read", "decode, to transformers"]
     display(table(headings, (_run_row(run) for run in found["runs"])))
     kernels = found["instruction_set"] or "none"
     read = found["read_gb_s"]
@@ -67,7 +67,7 @@ def _show_model(found: dict[str, Any]) -> None:
         ("rounds", f"best of {found['rounds']}, {_threads(found['threads'])}"),
         ("plain read", "-" if read is None else f"{read:.1f} GB/s"),
         ("packed by", f"{found['runs'][0]['decoder']}, kernels: {kernels}"),
-        ("half precision", found["baseline"]),
+        ("half precision", f"by transformers, {found['baseline']}"),
     ]
     rows += [(f"left out: {NAMES[name]}", reason) for name, reason in found["skipped"].items()]
     display(pairs(rows))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +18,8 @@ from transformers.utils import logging as hf_logging
 
 from bitfloor.core.errors import BitfloorError, InputError
 from bitfloor.core.places import cache_folder
+
+logger = logging.getLogger(__name__)
 
 _MARKER = "dequantized_from.json"
 
@@ -53,6 +56,7 @@ def gguf_to_folder(path: Path, cache_dir: Path | None = None) -> Path:
         raise BitfloorError(
             f"cannot write the cache folder {folder.parent} ({error.strerror}); set BITFLOOR_CACHE to another."
         ) from error
+    logger.warning("dequantizing %s, once, into %s (4 bytes a parameter)", path.name, folder)
     try:
         _dequantize(path, scratch)
         marker = {"file": path.name, "sha256": digest, "dtype": "float32"}

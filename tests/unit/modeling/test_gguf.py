@@ -105,11 +105,14 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_folder_is_made_once(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_is_made_once_and_that_is_said(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     calls: list[Path] = []
     monkeypatch.setattr(module, "_dequantize", fake(calls))
     first = gguf_to_folder(file, tmp_path / "c")
     assert gguf_to_folder(file, tmp_path / "c") == first and len(calls) == 1
+    assert caplog.messages == [f"dequantizing {file.name}, once, into {first} (4 bytes a parameter)"]
     file.write_bytes(b"GGUF and something else")
     assert gguf_to_folder(file, tmp_path / "c") != first and len(calls) == 2
 

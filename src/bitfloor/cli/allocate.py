@@ -49,6 +49,6 @@ def allocate(
     if "gap" in plan.summary:
         facts.append(("at most to gain", f"{100 * plan.summary['gap']:.3f}%"))
     display(pairs(facts))
-    text = ["--calib", calibration] if calibration else []
-    own = [str(model), "--out", "DIR", "--recipe", str(recipe), *text, *(overrides or ()), f"allocation.plan={out}"]
-    print_note(f"\nwrote {out}; next: {shlex.join(['bitfloor', 'quantize', *own])}")
+    calib = ["--calib", calibration] if calibration else []
+    same = [str(model), "--out", "DIR", "--recipe", str(recipe), *calib, *(overrides or ()), f"allocation.plan={out}"]
+    print_note(f"\nwrote {out}; next: {shlex.join(['bitfloor', 'quantize', *same])}")

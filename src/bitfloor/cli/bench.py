@@ -58,7 +58,7 @@ def bench(
 
 
 def _show_model(found: dict[str, Any]) -> None:
-    headings = ["", "weights", "prefill", "decode", "bytes/token", "GB/s", "of plain read", "decode, to transformers"]
+    headings = ["", "weights", "prefill", "decode", "bytes/token", "GB/s", "of plain read", "decode, times half"]
     display(table(headings, (_run_row(run) for run in found["runs"])))
     kernels = found["instruction_set"] or "none"
     read = found["read_gb_s"]
